@@ -1,0 +1,16 @@
+"""The numbers of sae-monitor: tensors in, tensors out, no knowledge of any service.
+
+    errors                what this package raises, as one tree
+    activation_functions  relu, jumprelu, topk, batchtopk as pure functions
+    hook_points           names such as blocks.8.hook_resid_post and the module each one means
+    sae                   SAEConfig and SAE: encode, encode only some latents, decode
+    formats/              one file per checkpoint format on disk, each path -> SAE
+    language_model/       loads the LLM up to the layer needed, packed forward, tokenizer, GGUF
+    heads                 clusters of latents and dense heads: resid, latent_acts -> token logits
+    aggregation           token logits -> running evidence per stream
+    scorer                LM + SAEs + heads as one step
+    training/             activations -> SAE; labelled text -> heads, clusters, thresholds
+    testing/              tiny language models, SAEs and bundles built in code
+
+Import from the module that has the thing: `from sae_core.sae import SAE`.
+"""
