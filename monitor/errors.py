@@ -1,0 +1,92 @@
+"""Everything the service raises on purpose.
+
+    MonitorError
+    ├── SettingsError             an impossible setting; the process refuses to start
+    ├── BundleError               a bundle that cannot be read, or does not fit the model
+    ├── ModelStoreError           the language model's files cannot be found or are damaged
+    ├── AuditError                the audit log cannot be opened or written
+    │   └── AuditChainError       a stored record does not verify
+    ├── RequestError              the caller sent something that cannot be scored
+    │   ├── InvalidRequestError       a field is wrong: names field, found, expected
+    │   ├── PayloadTooLargeError      more bytes or tokens than the stated limit
+    │   ├── StreamPositionError       a gap or a rewind in a stream's start_index
+    │   ├── NotFoundError             unknown policy, cluster or record
+    │   └── FingerprintError          token ids made by another tokenizer
+    ├── QueueFullError            admission refused; says when to try again
+    ├── NotReadyError             starting, draining, or the engine is dead
+    └── DeadlineError             the caller's deadline passed before the work was done
+
+`monitor.rpc.status` gives each one its gRPC code; a test keeps the two complete.
+"""
+
+from __future__ import annotations
+
+
+class MonitorError(Exception):
+    """Root of the service's errors; the message is safe to show to the caller."""
+
+
+class SettingsError(MonitorError):
+    """An impossible or contradictory setting, raised at start and naming the setting."""
+
+
+class BundleError(MonitorError):
+    """A bundle is missing, malformed, damaged, or does not belong to the model."""
+
+
+class ModelStoreError(MonitorError):
+    """The language model's folder is missing, unreadable, or fails its checksum."""
+
+
+class AuditError(MonitorError):
+    """The audit log cannot be opened, written, or read."""
+
+
+class AuditChainError(AuditError):
+    """A stored record does not verify; names the first broken record."""
+
+
+class RequestError(MonitorError):
+    """Root of what a caller can get wrong in one request."""
+
+
+class InvalidRequestError(RequestError):
+    """One field is wrong; the message names the field, what was found, what was expected."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(f"{field}: found {found}, expected {expected}")
+        self.field = field
+        self.found = found
+        self.expected = expected
+
+
+class PayloadTooLargeError(RequestError):
+    """More bytes or tokens than the server's stated limit."""
+
+
+class StreamPositionError(RequestError):
+    """A stream message's start_index leaves a gap or goes back."""
+
+
+class NotFoundError(RequestError):
+    """A policy, cluster or record that is not registered."""
+
+
+class FingerprintError(RequestError):
+    """Token ids come from a tokenizer that is not the model's."""
+
+
+class QueueFullError(MonitorError):
+    """The engine's queue holds as many tokens as it may; try again after `retry_seconds`."""
+
+    def __init__(self, message: str, retry_seconds: float) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+
+
+class NotReadyError(MonitorError):
+    """The server is starting or draining, or its engine thread has died."""
+
+
+class DeadlineError(MonitorError):
+    """The caller's deadline passed; the tokens left are counted as unscored."""
