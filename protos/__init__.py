@@ -1,0 +1,1 @@
+"""The wire format: one folder per proto package; stubs are generated and committed."""

@@ -1,0 +1,1 @@
+"""Versions of the saemonitor wire format; see `v1`."""

@@ -1,0 +1,1 @@
+"""monitor.proto and its generated stubs; only `monitor.rpc` and `monitor.client` import them."""
