@@ -1,0 +1,237 @@
+"""A Hugging Face model folder -> LanguageModel, reading only the layers that are needed.
+
+The base model is built without LM head, cut after the deepest hook point, its final norm replaced
+by Identity; exactly its tensors are read from the safetensors files. Nothing is ever initialised
+at random: a tensor that the checkpoint lacks is an error. Knows nothing of GGUF (see `gguf`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from sae_core.errors import HookPointError, ModelLoadError
+from sae_core.hook_points import (
+    SUPPORTED_MODEL_TYPES,
+    HookPoint,
+    final_norm_name,
+    locate,
+    n_layers_needed,
+)
+from sae_core.language_model.model import LanguageModel, LanguageModelConfig
+from sae_core.language_model.packed import register_packed_attention
+
+_PREFIXES = (
+    "",
+    "model.",
+    "transformer.",
+    "gpt_neox.",
+    "model.language_model.",
+    "language_model.model.",
+    "language_model.",
+)
+"""Where checkpoints keep the base model: alone, under a head, or beside a vision tower."""
+
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings that depend on a token's own position only. Others (dynamic, longrope) depend
+on the longest sequence of the batch, so that a stream's numbers would change with its company."""
+
+
+def load_language_model(
+    folder: str | Path,
+    hook_points: Iterable[HookPoint],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """Loads what is needed of the model in `folder` to read `hook_points`.
+
+    Args:
+        folder: config.json beside model.safetensors, or beside shards and their index.
+        hook_points: At least one; they decide how many layers are loaded.
+        device: Where weights, keys and values live.
+        dtype: Of weights and activations, whatever the checkpoint's.
+
+    Raises:
+        ModelLoadError: The folder is missing, damaged, incomplete or of an unsupported family.
+        HookPointError: A hook point is deeper than the model, or the family has no such place.
+    """
+    folder, wanted = Path(folder), tuple(hook_points)
+    if not wanted:
+        raise HookPointError("hook points: found none, expected at least one")
+    config = _read_config(folder)
+    n_layers_total = config.num_hidden_layers
+    n_layers = max(1, n_layers_needed(wanted))
+    if n_layers > n_layers_total:
+        deepest = max(wanted, key=lambda h: n_layers_needed([h]))
+        raise HookPointError(
+            f"hook point {deepest}: the model in {folder} has {n_layers_total} layers"
+        )
+    module = _empty_model(config, n_layers)
+    for hook_point in wanted:
+        locate(module, hook_point)
+    _fill(module, folder, device=torch.device(device), dtype=dtype)
+    facts = LanguageModelConfig(
+        model_type=config.model_type,
+        d_model=config.hidden_size,
+        n_layers=n_layers,
+        n_layers_total=n_layers_total,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        folder=folder,
+        dtype=dtype,
+        device=torch.device(device),
+    )
+    return LanguageModel(module, facts, wanted)
+
+
+def _read_config(folder: Path) -> Any:
+    """The text tower's config; Any, because its fields are the family's."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ModelLoadError(f"model folder {folder}: not found, or not a folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: not JSON ({error})") from error
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type not in (*SUPPORTED_MODEL_TYPES, "gemma3"):
+        raise ModelLoadError(
+            f"{path}: found model_type {model_type!r}, "
+            f"expected one of {', '.join(SUPPORTED_MODEL_TYPES)}, gemma3"
+        )
+    if raw.get("quantization_config"):
+        raise ModelLoadError(f"{path}: found a quantized model, expected plain floating point")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        raise ModelLoadError(f"{path}: {_one_line(error)}") from error
+    _check_attention(path, config)
+    return config
+
+
+def _check_attention(path: Path, config: Any) -> None:
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelLoadError(f"{path}: found bidirectional attention, expected a causal model")
+    rope = getattr(config, "rope_parameters", None) or {}
+    flat = [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, Mapping)]
+    for parameters in flat:
+        rope_type = parameters.get("rope_type", "default")
+        if rope_type not in _STATIC_ROPE:
+            raise ModelLoadError(
+                f"{path}: found rope_type {rope_type!r}, which depends on the length of the "
+                f"longest sequence in a batch; expected one of {', '.join(_STATIC_ROPE)}"
+            )
+
+
+def _empty_model(config: PretrainedConfig, n_layers: int) -> nn.Module:
+    """The truncated base model with unset weights and computed buffers, final norm taken out."""
+    config.num_hidden_layers = n_layers
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[:n_layers]
+    config.pad_token_id = None  # there is no padding; keeps transformers from looking for it
+    config.use_cache = False
+    register = register_packed_attention()
+    with _NoRandomInit():
+        module: nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
+            config, attn_implementation=register, dtype=torch.float32
+        )
+    setattr(module, final_norm_name(config.model_type), nn.Identity())
+    return module.eval().requires_grad_(False)
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """While active, in this thread, random initialisation leaves a tensor as it is."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _RANDOM_INITS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+_RANDOM_INITS = frozenset(
+    ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
+    + ("xavier_uniform_", "xavier_normal_", "orthogonal_")
+)
+
+
+def _fill(module: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Sets every parameter and persistent buffer of `module` from the folder's safetensors."""
+    files = _tensor_files(folder)
+    wanted = module.state_dict()
+    embedding = next(iter(wanted))
+    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
+    if prefix is None:
+        raise ModelLoadError(
+            f"model folder {folder}: no tensor {embedding} under any of the known prefixes"
+        )
+    missing = [prefix + name for name in wanted if prefix + name not in files]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(f"model folder {folder}: missing tensor {missing[0]}{more}")
+    tensors: dict[str, Tensor] = {}
+    by_file: dict[Path, list[str]] = {}
+    for name in wanted:
+        by_file.setdefault(files[prefix + name], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as file:
+            for name in names:
+                # A copy even when nothing changes: the file may be replaced while we run.
+                tensor = file.get_tensor(prefix + name).to(device=device, dtype=dtype, copy=True)
+                if tensor.shape != wanted[name].shape:
+                    raise ModelLoadError(
+                        f"{path}: {prefix + name} has shape {list(tensor.shape)}, "
+                        f"config.json expects {list(wanted[name].shape)}"
+                    )
+                tensors[name] = tensor
+    module.load_state_dict(tensors, strict=True, assign=True)
+    module.to(device)
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Every tensor name of the checkpoint and the file that holds it; reads headers only."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        with _open(path) as file:
+            return dict.fromkeys(file.keys(), path)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = {folder / Path(shard).name for shard in weight_map.values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelLoadError(f"{index}: cannot be read ({_one_line(error)})") from error
+    files: dict[str, Path] = {}
+    for shard in sorted(shards):
+        with _open(shard) as file:
+            files |= dict.fromkeys(file.keys(), shard)
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise ModelLoadError(f"{path}: not found") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelLoadError(f"{path}: damaged or unreadable ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,151 @@
+"""A language model cut at its deepest hook point: token ids in, residual streams out.
+
+One step runs new tokens of many streams as one ragged batch, without padding. Knows no files
+(see `loading`) and no text (see `tokenizer`). State of a stream is in its `KVStream`, state of a
+step in its plan; nothing of either stays on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sae_core.errors import TokenError
+from sae_core.hook_points import HookPoint, locate
+from sae_core.language_model.packed import KVStream, PackedPlan, Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModelConfig:
+    """Facts about a loaded model."""
+
+    model_type: str
+    """Hugging Face's name of the architecture, such as gemma3_text."""
+    d_model: int
+    n_layers: int
+    """Blocks that were loaded."""
+    n_layers_total: int
+    """Blocks that the checkpoint has."""
+    vocab_size: int
+    max_positions: int
+    """Tokens that one stream may hold."""
+    folder: Path
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """New tokens of one stream, to follow what the stream already holds."""
+
+    stream: KVStream
+    token_ids: Sequence[int]
+
+
+class LanguageModel:
+    """Blocks up to the deepest hook point, run on packed segments."""
+
+    def __init__(
+        self, module: nn.Module, config: LanguageModelConfig, hook_points: Sequence[HookPoint]
+    ) -> None:
+        self.config = config
+        self.hook_points: tuple[HookPoint, ...] = tuple(dict.fromkeys(hook_points))
+        self._module = module
+        self._sites = {hook_point: locate(module, hook_point) for hook_point in self.hook_points}
+        self._lock = Lock()  # hooks are installed for the length of a step
+
+    def open_stream(self) -> KVStream:
+        """A stream with no tokens, for use with this model only."""
+        return KVStream(self.config.n_layers)
+
+    def step(
+        self, segments: Sequence[Segment]
+    ) -> dict[HookPoint, Float[Tensor, "total_tokens d_model"]]:
+        """The residual stream at every hook point, for all new tokens in segment order.
+
+        Every stream grows by its tokens. When anything is raised no stream has grown, and the
+        same step can be tried again. A stream may have several segments, which follow each other.
+        The tensors are the caller's, in the model's dtype and on its device.
+
+        Raises:
+            TokenError: A token id outside the vocabulary, or a stream longer than the model's
+                positions; names segment and position, and nothing has run.
+        """
+        plan, token_ids, positions = self._plan(segments)
+        if not token_ids:
+            empty = torch.empty(0, self.config.d_model, dtype=self.config.dtype)
+            return {h: empty.to(self.config.device) for h in self.hook_points}
+        device = self.config.device
+        captured: dict[HookPoint, Tensor] = {}
+        with self._lock, self._capture(captured), torch.inference_mode():
+            with suppress(_DeepestReached):
+                self._module(
+                    input_ids=torch.tensor([token_ids], device=device),
+                    position_ids=torch.tensor([positions], device=device),
+                    use_cache=False,
+                    packed_plan=plan,
+                )
+        # A clone made outside inference mode is an ordinary tensor, which autograd accepts.
+        resid = {hook_point: captured[hook_point][0].clone() for hook_point in self.hook_points}
+        for span in plan.spans:
+            span.stream.advance(span.stop - span.start)
+        return resid
+
+    def _plan(self, segments: Sequence[Segment]) -> tuple[PackedPlan, list[int], list[int]]:
+        spans: list[Span] = []
+        all_ids: list[int] = []
+        positions: list[int] = []
+        lengths: dict[int, int] = {}
+        for index, segment in enumerate(segments):
+            stream, token_ids = segment.stream, list(segment.token_ids)
+            if not token_ids:
+                continue
+            past = lengths.get(id(stream), stream.length)
+            length = lengths[id(stream)] = past + len(token_ids)
+            if length > self.config.max_positions:
+                raise TokenError(
+                    f"segment {index}: found {length} tokens in the stream, "
+                    f"the model has {self.config.max_positions} positions"
+                )
+            if not 0 <= min(token_ids) <= max(token_ids) < self.config.vocab_size:
+                bad = next(
+                    i for i, t in enumerate(token_ids) if not 0 <= t < self.config.vocab_size
+                )
+                raise TokenError(
+                    f"segment {index}: found token id {token_ids[bad]} at position {past + bad}, "
+                    f"expected 0 to {self.config.vocab_size - 1}"
+                )
+            spans.append(Span(stream, len(all_ids), len(all_ids) + len(token_ids), past))
+            all_ids += token_ids
+            positions += range(past, length)
+        return PackedPlan(tuple(spans)), all_ids, positions
+
+    @contextmanager
+    def _capture(self, captured: dict[HookPoint, Tensor]) -> Iterator[None]:
+        """While open, a forward pass fills `captured` and stops at the last missing hook point."""
+
+        def receiver(hook_point: HookPoint) -> Callable[[Tensor], None]:
+            def receive(resid: Tensor) -> None:
+                captured[hook_point] = resid
+                if len(captured) == len(self._sites):
+                    raise _DeepestReached
+
+            return receive
+
+        handles = [site.register(receiver(h)) for h, site in self._sites.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _DeepestReached(Exception):
+    """Ends a forward pass once every hook point has been read; never leaves `step`."""

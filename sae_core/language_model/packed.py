@@ -1,0 +1,212 @@
+"""Attention over a ragged batch: each segment of rows against its own stream's keys and values.
+
+Hugging Face modelling code runs unchanged on `[1, total_tokens]`; this function stands in for its
+attention through `transformers.AttentionInterface`, and as no mask function is registered beside
+it, no dense mask is ever built. What it must know of the batch arrives as the keyword argument
+`packed_plan` of the forward call. Knows no model family: window, scale and soft cap come with
+the call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "sae_monitor_packed"
+"""The name under which a model's config asks for this attention."""
+
+QUERY_BLOCK = 512
+"""Rows of queries that one explicit mask covers; bounds it to 512 x keys, whatever the length."""
+
+_FIRST_CAPACITY = 64
+
+
+class KVStream:
+    """The keys and values of one token stream, layer by layer, in buffers that grow.
+
+    Sliding-window layers keep everything too, so that `truncate` to any length is exact. Belongs
+    to one user at a time; rows at and beyond `length` mean nothing.
+    """
+
+    def __init__(self, n_layers: int) -> None:
+        self._keys: list[Tensor | None] = [None] * n_layers
+        self._values: list[Tensor | None] = [None] * n_layers
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens that later tokens can attend to; moves only when a whole step has succeeded."""
+        return self._length
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory held by the buffers, unused capacity included."""
+        return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
+
+    def truncate(self, n: int) -> None:
+        """Forgets all but the first `n` tokens; the memory is kept for the next ones."""
+        if not 0 <= n <= self._length:
+            raise ValueError(f"truncate: found {n}, expected 0 to the length {self._length}")
+        self._length = n
+
+    def advance(self, n: int) -> None:
+        """Makes `n` more written tokens part of the stream; called when a step has succeeded."""
+        self._length += n
+
+    def write(
+        self,
+        layer: int,
+        start: int,
+        keys: Float[Tensor, "n_kv_heads n head_dim"],
+        values: Float[Tensor, "n_kv_heads n head_dim"],
+    ) -> tuple[
+        Float[Tensor, "n_kv_heads stop head_dim"], Float[Tensor, "n_kv_heads stop head_dim"]
+    ]:
+        """Puts one layer's new rows at `start`; returns views of that layer's rows up to them."""
+        stop = start + keys.shape[1]
+        all_keys = self._keys[layer] = _with_room(self._keys[layer], start, stop, keys)
+        all_values = self._values[layer] = _with_room(self._values[layer], start, stop, values)
+        all_keys[:, start:stop] = keys
+        all_values[:, start:stop] = values
+        return all_keys[:, :stop], all_values[:, :stop]
+
+
+def _with_room(buffer: Tensor | None, kept: int, stop: int, like: Tensor) -> Tensor:
+    """`buffer` itself while `stop` rows fit, else a larger one with the first `kept` rows."""
+    if buffer is not None and buffer.shape[1] >= stop:
+        return buffer
+    capacity = _FIRST_CAPACITY if buffer is None else buffer.shape[1] * 3 // 2
+    n_heads, _, head_dim = like.shape
+    larger = like.new_empty(n_heads, max(capacity, stop), head_dim)
+    if buffer is not None:
+        larger[:, :kept] = buffer[:, :kept]
+    return larger
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where one segment lies in the batch, and how much of its stream came before."""
+
+    stream: KVStream
+    start: int
+    """First row of the batch."""
+    stop: int
+    """One past the last row."""
+    past: int
+    """Tokens of the stream before the first row: the first row's position."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPlan:
+    """One step's layout, handed through the model's forward call to every attention layer."""
+
+    spans: tuple[Span, ...]
+
+
+def register_packed_attention() -> str:
+    """Makes the packed attention known to transformers, as often as called; returns its name."""
+    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    return PACKED_ATTENTION
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 n_heads total_tokens head_dim"],
+    key: Float[Tensor, "1 n_kv_heads total_tokens head_dim"],
+    value: Float[Tensor, "1 n_kv_heads total_tokens head_dim"],
+    attention_mask: Tensor | None,
+    *,
+    packed_plan: PackedPlan,
+    scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_unused: object,
+) -> tuple[Float[Tensor, "1 total_tokens n_heads head_dim"], None]:
+    """Causal attention of each span against its stream, whose buffers take the new rows.
+
+    Args:
+        module: The attention layer; only its `layer_idx` is read.
+        attention_mask: Always None; causality and window follow from positions.
+        packed_plan: Passed to the model's forward call by `LanguageModel.step`.
+        scaling: Factor on query-key products.
+        sliding_window: A token sees itself and `sliding_window - 1` tokens before it.
+        softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
+    """
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    _, n_heads, total, head_dim = query.shape
+    n_kv_heads = key.shape[1]
+    group = n_heads // n_kv_heads
+    grouped = query.view(n_kv_heads, group, total, head_dim)
+    mixed = query.new_empty(total, n_kv_heads, group, value.shape[-1])
+    by_head = mixed.permute(1, 2, 0, 3)
+    for span in packed_plan.spans:
+        rows = slice(span.start, span.stop)
+        keys, values = span.stream.write(layer, span.past, key[0, :, rows], value[0, :, rows])
+        by_head[:, :, rows] = _attend(
+            grouped[:, :, rows], keys, values, span.past, scaling, sliding_window, softcap
+        )
+    return mixed.view(1, total, n_heads, -1), None
+
+
+def _attend(
+    query: Float[Tensor, "n_kv_heads group n head_dim"],
+    keys: Float[Tensor, "n_kv_heads stop head_dim"],
+    values: Float[Tensor, "n_kv_heads stop head_dim"],
+    past: int,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+) -> Float[Tensor, "n_kv_heads group n head_dim"]:
+    n, stop = query.shape[2], keys.shape[1]
+    if n == 1:
+        # One query row sees a plain range of keys: the group stands in for the query axis.
+        first = 0 if window is None else max(0, stop - window)
+        keys, values = keys[None, :, first:], values[None, :, first:]
+        row = query[None, :, :, 0]
+        if softcap is None:
+            return scaled_dot_product_attention(row, keys, values, scale=scaling)[0, :, :, None]
+        return _softcapped(row, keys, values, None, scaling, softcap)[0, :, :, None]
+    shared_keys = keys[:, None].expand(-1, query.shape[1], -1, -1)
+    shared_values = values[:, None].expand(-1, query.shape[1], -1, -1)
+    if past == 0 and softcap is None and (window is None or n <= window):
+        return scaled_dot_product_attention(
+            query, shared_keys, shared_values, scale=scaling, is_causal=True
+        )
+    blocks = []
+    for start in range(0, n, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, n)
+        first = 0 if window is None else max(0, past + start - window + 1)
+        seen = slice(first, past + end)
+        offset = past + start - first
+        mask = torch.ones(end - start, past + end - first, dtype=torch.bool, device=query.device)
+        mask = mask.tril_(offset)
+        if window is not None:
+            mask = mask.triu_(offset - window + 1)
+        rows, block_keys, block_values = (
+            query[:, :, start:end],
+            shared_keys[:, :, seen],
+            shared_values[:, :, seen],
+        )
+        if softcap is None:
+            block = scaled_dot_product_attention(
+                rows, block_keys, block_values, attn_mask=mask, scale=scaling
+            )
+        else:
+            block = _softcapped(rows, block_keys, block_values, mask, scaling, softcap)
+        blocks.append(block)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
+
+
+def _softcapped(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    """Attention with capped scores, softmax in float32; torch's fused kernels have no cap."""
+    scores = torch.tanh(query @ keys.transpose(-1, -2) * (scaling / softcap)) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
