@@ -14,6 +14,7 @@
     │   └── FingerprintError          token ids made by another tokenizer
     ├── QueueFullError            admission refused; says when to try again
     ├── NotReadyError             starting, draining, or the engine is dead
+    ├── ActivationError           the model produced NaN or infinity; names layer and position
     └── DeadlineError             the caller's deadline passed before the work was done
 
 `monitor.rpc.status` gives each one its gRPC code; a test keeps the two complete.
@@ -44,6 +45,19 @@ class AuditError(MonitorError):
 
 class AuditChainError(AuditError):
     """A stored record does not verify; names the first broken record."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        chain: str | None = None,
+        sequence: int | None = None,
+        decision_id: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.chain = chain
+        self.sequence = sequence
+        self.decision_id = decision_id
 
 
 class RequestError(MonitorError):
@@ -86,6 +100,10 @@ class QueueFullError(MonitorError):
 
 class NotReadyError(MonitorError):
     """The server is starting or draining, or its engine thread has died."""
+
+
+class ActivationError(MonitorError):
+    """The residual stream holds NaN or infinity; nothing can be said of these tokens."""
 
 
 class DeadlineError(MonitorError):
