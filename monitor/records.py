@@ -181,7 +181,10 @@ class ClusterResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overall:
-    """The policy's one number from each score source: 0 at flag, 1 at alert, larger is riskier."""
+    """The policy's one number from each score source: 0 at flag, 1 at alert, larger is riskier.
+
+    NaN where the source scored nothing.
+    """
 
     fused: float
     dense: float
