@@ -6,7 +6,7 @@
     store      the one writer of a chain: lock, tail check on opening, commits
     queue      the bounded queue between the event loop and the writing thread
     committer  the thread that commits in groups, and tries again
-    log        AuditLog, which joins them: what the server opens and the pipeline appends to
+    writer     AuditLog, which joins them: what the server opens and the pipeline appends to
     reader     pages of stored rows, for whoever only reads
     verify     proves a log record by record, or names the first that does not hold
     query      stored decisions by time, verdict, cluster or id

@@ -107,13 +107,12 @@ def parse_level(name: str) -> AuditLevel:
         ) from None
 
 
-def check_caller_key(key: bytes | None) -> bytes | None:
-    """The key as it is; SettingsError when it is too short to hide anything."""
+def check_caller_key(key: bytes | None) -> None:
+    """SettingsError when the key is too short to hide anything."""
     if key is not None and len(key) < MIN_CALLER_KEY_BYTES:
         raise SettingsError(
             f"audit caller key: found {len(key)} bytes, expected at least {MIN_CALLER_KEY_BYTES}"
         )
-    return key
 
 
 def iso_time(time_us: int) -> str:

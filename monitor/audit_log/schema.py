@@ -36,7 +36,7 @@ from sqlalchemy.pool import NullPool
 from monitor.errors import AuditError, SettingsError
 
 SCHEMA_VERSION = 1
-BUSY_SECONDS = 2.0
+BUSY_SECONDS = 1.0
 """How long a commit waits for another connection's lock before it counts as failed."""
 
 metadata = MetaData()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from monitor.audit_log.log import AuditLog
+from monitor.audit_log.writer import AuditLog
 from monitor.records import (
     Action,
     Alert,

@@ -16,7 +16,7 @@ WRITER = """
 import asyncio, itertools, os, sys
 sys.path.insert(0, {folder!r})
 from conftest import make_decision
-from monitor.audit_log.log import AuditLog
+from monitor.audit_log.writer import AuditLog
 from monitor.records import Verdict
 
 async def caller(log, name):

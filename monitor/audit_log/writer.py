@@ -45,50 +45,32 @@ class AuditStatistics:
     """Unix time of the last commit; 0 before the first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditOptions:
-    """How a log is written; SettingsError for what cannot be."""
-
-    level: str = "scores"
-    on_full: str = "block"
-    """block: an append waits for room, and fails after `full_timeout_seconds`. drop: records that
-    nobody waits for are dropped, and give way to those that somebody does."""
-    caller_key: bytes | None = None
-    """Callers are stored as HMAC-SHA256 under this key, and not at all without one."""
-    chain: str = "main"
-    queue_records: int = 8192
-    full_timeout_seconds: float = 5.0
-    commit_records: int = 64
-    commit_delay_seconds: float = 0.05
-    """The longest that records nobody waits for are gathered for one commit."""
-
-    def __post_init__(self) -> None:
-        parse_level(self.level)
-        check_caller_key(self.caller_key)
-        if self.on_full not in set(OnFull):
-            raise SettingsError(f"audit on_full: found {self.on_full!r}, expected block or drop")
-        if min(self.queue_records, self.commit_records) < 1:
-            raise SettingsError(
-                f"audit queue_records and commit_records: found {self.queue_records} and "
-                f"{self.commit_records}, expected at least 1"
-            )
-
-
 class AuditLog:
     """One audit log open for writing, or, at level none, nothing at all."""
 
     def __init__(
         self,
         store: AuditStore | None,
-        options: AuditOptions,
         *,
+        level: AuditLevel,
+        on_full: OnFull,
+        caller_key: bytes | None,
+        queue_records: int,
+        full_timeout_seconds: float,
+        commit_records: int,
+        commit_delay_seconds: float,
         clock: Callable[[], float],
         on_sync: Callable[[float], None] | None,
     ) -> None:
-        """Take an open store; use `open`."""
-        self.level = parse_level(options.level)
+        """Take what `open` has checked."""
+        self.level = level
         self._store = store
-        self._options = options
+        self._on_full = on_full
+        self._caller_key = caller_key
+        self._queue_records = queue_records
+        self._full_timeout_seconds = full_timeout_seconds
+        self._commit_records = commit_records
+        self._commit_delay_seconds = commit_delay_seconds
         self._clock = clock
         self._on_sync = on_sync
         self._queue: RecordQueue | None = None
@@ -98,40 +80,69 @@ class AuditLog:
     def open(
         cls,
         url: str,
-        options: AuditOptions | None = None,
         *,
+        level: str = "scores",
+        on_full: str = "block",
+        caller_key: bytes | None = None,
+        chain: str = "main",
+        queue_records: int = 8192,
+        full_timeout_seconds: float = 5.0,
+        commit_records: int = 64,
+        commit_delay_seconds: float = 0.05,
         clock: Callable[[], float] = time.time,
         on_sync: Callable[[float], None] | None = None,
     ) -> AuditLog:
         """Lock the log, verify its tail, and continue its chain; level none opens nothing.
 
-        `on_sync` is called on the event loop with the seconds that each commit took.
+        Args:
+            on_full: block, an append waits for room and fails after `full_timeout_seconds`; or
+                drop, records that nobody waits for are dropped, and give way to those that
+                somebody does.
+            caller_key: callers are stored as HMAC-SHA256 under it, and not at all without one.
+            commit_delay_seconds: the longest that records nobody waits for are gathered.
+            on_sync: called on the event loop with the seconds that each commit took.
 
         Raises:
-            SettingsError: the URL names no SQLite file.
+            SettingsError: an impossible level, policy, size, key or URL.
             AuditError: the log cannot be opened, another process writes it, or its tail does not
                 verify (AuditChainError).
         """
-        options = AuditOptions() if options is None else options
-        level = parse_level(options.level)
-        store = None if level is AuditLevel.NONE else AuditStore(url, options.chain)
-        return cls(store, options, clock=clock, on_sync=on_sync)
+        parsed_level = parse_level(level)
+        if on_full not in set(OnFull):
+            raise SettingsError(f"audit on_full: found {on_full!r}, expected block or drop")
+        if min(queue_records, commit_records) < 1:
+            raise SettingsError(
+                f"audit queue_records and commit_records: found {queue_records} and "
+                f"{commit_records}, expected at least 1"
+            )
+        check_caller_key(caller_key)
+        return cls(
+            None if parsed_level is AuditLevel.NONE else AuditStore(url, chain),
+            level=parsed_level,
+            on_full=OnFull(on_full),
+            caller_key=caller_key,
+            queue_records=queue_records,
+            full_timeout_seconds=full_timeout_seconds,
+            commit_records=commit_records,
+            commit_delay_seconds=commit_delay_seconds,
+            clock=clock,
+            on_sync=on_sync,
+        )
 
     def start(self) -> None:
         """Start writing; call inside the event loop that will append."""
         if self._store is None:
             return
-        options = self._options
         self._queue = RecordQueue(
-            capacity=options.queue_records,
-            on_full=OnFull(options.on_full),
-            full_timeout_seconds=options.full_timeout_seconds,
+            capacity=self._queue_records,
+            on_full=self._on_full,
+            full_timeout_seconds=self._full_timeout_seconds,
         )
         self._committer = Committer(
             self._queue,
             self._store,
-            commit_records=options.commit_records,
-            commit_delay_seconds=options.commit_delay_seconds,
+            commit_records=self._commit_records,
+            commit_delay_seconds=self._commit_delay_seconds,
             clock=self._clock,
             on_sync=self._on_sync,
         )
@@ -176,7 +187,7 @@ class AuditLog:
             time_us=self._time_us(),
             input_digest=input_digest,
             caller=caller,
-            caller_key=self._options.caller_key,
+            caller_key=self._caller_key,
         )
         alerts = bool(decision.alerts) or decision.verdict is Verdict.ALERT
         return await self.append(record, durable=alerts)

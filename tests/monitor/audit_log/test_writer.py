@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from monitor.audit_log.log import AuditLog, AuditOptions
 from monitor.audit_log.query import query
 from monitor.audit_log.record import RecordKind
 from monitor.audit_log.schema import database_path
 from monitor.audit_log.verify import verify
+from monitor.audit_log.writer import AuditLog
 from monitor.errors import AuditError, SettingsError
 from monitor.records import Decision, Mode, StreamUpdate, Verdict
 
@@ -25,7 +25,7 @@ MakeDecision = Callable[..., Decision]
 
 @asynccontextmanager
 async def open_log(url: str, **options: Any) -> AsyncIterator[AuditLog]:
-    log = AuditLog.open(url, AuditOptions(**options))
+    log = AuditLog.open(url, **options)
     log.start()
     try:
         yield log
@@ -351,8 +351,10 @@ async def test_a_full_disk_fails_alerts_and_recovers_when_there_is_room(
 
 
 @pytest.mark.parametrize(
-    "options", [{"on_full": "ask"}, {"queue_records": 0}, {"level": "content"}, {"level": "all"}]
+    "options",
+    [{"on_full": "ask"}, {"queue_records": 0}, {"level": "content"}, {"caller_key": b"x"}],
 )
-def test_impossible_options_are_refused(options: dict[str, Any]) -> None:
+def test_impossible_options_are_refused(url: str, options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="audit"):
-        AuditOptions(**options)
+        AuditLog.open(url, **options)
+    assert not database_path(url).exists()
