@@ -84,14 +84,18 @@ class LanguageModel:
             return {h: empty.to(self.config.device) for h in self.hook_points}
         device = self.config.device
         captured: dict[HookPoint, Tensor] = {}
-        with self._lock, self._capture(captured), torch.inference_mode():
-            with suppress(_DeepestReached):
-                self._module(
-                    input_ids=torch.tensor([token_ids], device=device),
-                    position_ids=torch.tensor([positions], device=device),
-                    use_cache=False,
-                    packed_plan=plan,
-                )
+        with (
+            self._lock,
+            self._capture(captured),
+            torch.inference_mode(),
+            suppress(_DeepestReached),
+        ):
+            self._module(
+                input_ids=torch.tensor([token_ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                packed_plan=plan,
+            )
         # A clone made outside inference mode is an ordinary tensor, which autograd accepts.
         resid = {hook_point: captured[hook_point][0].clone() for hook_point in self.hook_points}
         for span in plan.spans:
