@@ -8,6 +8,7 @@ Every label comes from a closed set: the served model, the registered clusters a
 Every series of those sets exists from the start, so that a rate over it is 0 and not missing.
 """
 
+from monitor.metrics.labels import Component, FailOpen, Outcome, Rejection, RequestKind
 from monitor.metrics.recorder import Metrics
 
-__all__ = ["Metrics"]
+__all__ = ["Component", "FailOpen", "Metrics", "Outcome", "Rejection", "RequestKind"]

@@ -169,7 +169,7 @@ class Metrics:
         """Counts an answer that allowed what nobody scored or recorded; a `FailOpen`."""
         self._fail_open(FailOpen(reason)).inc()
 
-    def request_done(self, kind: str, outcome: str) -> None:
+    def request_finished(self, kind: str, outcome: str) -> None:
         """Counts a request or stream at its end; a `RequestKind` and an `Outcome`."""
         self._requests(RequestKind(kind), Outcome(outcome)).inc()
 
@@ -226,8 +226,8 @@ class Metrics:
         self._sessions.set_function(sessions)
         self._session_bytes.set_function(n_bytes)
 
-    def decided(self, decision: Decision) -> None:
-        """Counts one decision: its scores, verdict, alerts and timings."""
+    def observe_decision(self, decision: Decision) -> None:
+        """Counts one decision: its scores, verdict and timings; its alerts were counted before."""
         for result in decision.clusters:
             cluster = self._clusters.get(result.cluster)
             if cluster is None or result.stage is None or not math.isfinite(result.fused):
@@ -238,10 +238,10 @@ class Metrics:
                     (result.fused - cluster.flag) / scale
                 )
         self._verdicts(decision.action, decision.mode).inc()
-        self._count_alerts(decision.alerts)
         self._observe_timings(decision.timings)
 
-    def _count_alerts(self, alerts: Iterable[Alert]) -> None:
+    def observe_alerts(self, alerts: Iterable[Alert]) -> None:
+        """Counts alerts when they are raised, each with its decision id as exemplar."""
         for alert in alerts:
             label = self._cluster_label(alert.cluster)
             self._alerts(label, alert.stage or NO_STAGE, alert.severity).inc(

@@ -159,7 +159,7 @@ def test_scores_count_as_0_at_flag_and_1_at_alert(
     metrics: Metrics, make_record: MakeRecord, fused: float, below_flag: int, below_alert: int
 ) -> None:
     decision = dataclasses.replace(make_record(Decision, 0), clusters=(result(fused),), alerts=())
-    metrics.decided(decision)
+    metrics.observe_decision(decision)
     labels = {"model": "tiny", "cluster": "harm", "stage": "prompt"}
     bucket = "saemonitor_cluster_score_bucket"
     assert value(metrics, bucket, **labels, le="0.0") == below_flag
@@ -170,28 +170,37 @@ def test_a_cluster_without_a_score_is_not_observed(
     metrics: Metrics, make_record: MakeRecord
 ) -> None:
     nothing = (result(math.nan, None), result(math.nan), result(1.0, cluster="nobody's"))
-    metrics.decided(dataclasses.replace(make_record(Decision, 0), clusters=nothing, alerts=()))
+    metrics.observe_decision(
+        dataclasses.replace(make_record(Decision, 0), clusters=nothing, alerts=())
+    )
     labels = {"model": "tiny", "cluster": "harm", "stage": "prompt"}
     assert value(metrics, "saemonitor_cluster_score_bucket", **labels, le="+Inf") == 0
 
 
-def test_a_decision_counts_its_alerts_verdict_and_timings(
+def test_alerts_are_counted_when_they_are_raised(metrics: Metrics) -> None:
+    metrics.observe_alerts([alert(), alert("rule:jailbreak", None)])
+    metrics.observe_alerts([alert()])
+    by_cluster = {"cluster": "harm", "stage": "prompt", "severity": "critical"}
+    assert value(metrics, "saemonitor_alerts_total", model="tiny", **by_cluster) == 2
+    by_rule = {"cluster": "rule:jailbreak", "stage": "none", "severity": "warning"}
+    assert value(metrics, "saemonitor_alerts_total", model="tiny", **by_rule) == 1
+
+
+def test_a_decision_counts_its_verdict_and_timings_and_not_its_alerts_again(
     metrics: Metrics, make_record: MakeRecord
 ) -> None:
     decision = dataclasses.replace(
         make_record(Decision, 0),
         clusters=(),
-        alerts=(alert(), alert("rule:jailbreak", None)),
+        alerts=(alert(),),
         action=Action.BLOCK,
         mode=Mode.ENFORCE,
         timings=Timings(queue_seconds=0.03, forward_seconds=0.5),
     )
-    metrics.decided(decision)
-    metrics.decided(decision)
+    metrics.observe_decision(decision)
+    metrics.observe_decision(decision)
     by_cluster = {"cluster": "harm", "stage": "prompt", "severity": "critical"}
-    assert value(metrics, "saemonitor_alerts_total", model="tiny", **by_cluster) == 2
-    by_rule = {"cluster": "rule:jailbreak", "stage": "none", "severity": "warning"}
-    assert value(metrics, "saemonitor_alerts_total", model="tiny", **by_rule) == 2
+    assert value(metrics, "saemonitor_alerts_total", model="tiny", **by_cluster) == 0
     verdicts = {"action": "block", "mode": "enforce"}
     assert value(metrics, "saemonitor_verdicts_total", model="tiny", **verdicts) == 2
     forward = {"model": "tiny", "step": "forward"}
@@ -200,11 +209,8 @@ def test_a_decision_counts_its_alerts_verdict_and_timings(
     assert value(metrics, "saemonitor_step_seconds_count", **audit) == 0
 
 
-def test_what_is_not_registered_cannot_make_a_series(
-    metrics: Metrics, make_record: MakeRecord
-) -> None:
-    stray = dataclasses.replace(make_record(Decision, 0), alerts=(alert("caller's invention"),))
-    metrics.decided(stray)
+def test_what_is_not_registered_cannot_make_a_series(metrics: Metrics) -> None:
+    metrics.observe_alerts([alert("caller's invention")])
     text = metrics.render().body.decode()
     assert "invention" not in text
     other = {"cluster": "other", "stage": "prompt", "severity": "critical"}
@@ -212,7 +218,7 @@ def test_what_is_not_registered_cannot_make_a_series(
     with pytest.raises(ValueError, match="tuesday"):
         metrics.rejected("tuesday")
     with pytest.raises(ValueError, match="tuesday"):
-        metrics.request_done("prompt", "tuesday")
+        metrics.request_finished("prompt", "tuesday")
 
 
 def test_clusters_beyond_the_cap_share_other() -> None:
@@ -324,7 +330,7 @@ def test_openmetrics_carries_the_decision_id_of_an_alert(
     metrics: Metrics, make_record: MakeRecord
 ) -> None:
     metrics.describe(make_record(Provenance, 1), ("blocks.1.hook_resid_post",), "2.13.0")
-    metrics.decided(dataclasses.replace(make_record(Decision, 0), alerts=(alert(),)))
+    metrics.observe_alerts([alert()])
     page = metrics.render(OPENMETRICS)
     assert page.content_type.startswith("application/openmetrics-text")
     families: Any = openmetrics_parser.text_string_to_metric_families(page.body.decode())
