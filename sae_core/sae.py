@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -104,7 +105,9 @@ class SAE:
         """
         if latent_ids is not None:
             return self.slice(latent_ids)(x)
-        pre_acts = self._input(x) @ self.weights.W_enc + self.weights.b_enc
+        b_dec = self.weights.b_dec if self.config.apply_b_dec_to_input else None
+        z = _centred(x, b_dec, self.config.d_in)
+        pre_acts = z @ self.weights.W_enc + self.weights.b_enc
         if self.config.architecture == "topk":
             assert self.config.k is not None
             return topk(pre_acts, self.config.k)
@@ -138,41 +141,51 @@ class SAE:
             raise ShapeError(f"latent_ids has {repeated} more than once, expected each id once")
         return SlicedEncoder(self, ids)
 
-    def _input(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_in"]:
-        if x.shape[-1] != self.config.d_in:
-            raise ShapeError(f"x has width {x.shape[-1]}, the SAE's d_in is {self.config.d_in}")
-        return x.float() - self.weights.b_dec if self.config.apply_b_dec_to_input else x.float()
-
 
 class SlicedEncoder:
     """Some latents of an SAE, encoded exactly as the whole SAE would; made by `SAE.slice`.
 
-    A gate that looks at one latent at a time costs only the columns asked for. A TopK gate also
-    needs each latent's rank among all, counted over chunks of the dictionary in bounded memory.
+    A gate that looks at one latent at a time costs only the columns asked for, in time and
+    memory. A TopK gate also needs each latent's rank among all of them: rivals are counted over
+    chunks of the dictionary, in bounded memory, and the dictionary is kept.
     """
 
     def __init__(self, sae: SAE, latent_ids: Int[Tensor, " n_latents"]) -> None:
         weights = sae.weights
-        self.sae = sae
+        is_topk = sae.config.architecture == "topk"
+        self.config = sae.config
         self.latent_ids = latent_ids
         self._W = weights.W_enc[:, latent_ids].contiguous()
-        self._b = weights.b_enc[latent_ids].contiguous()
+        self._b = weights.b_enc[latent_ids]
+        self._b_dec = weights.b_dec if sae.config.apply_b_dec_to_input else None
         self._threshold = None if weights.threshold is None else weights.threshold[latent_ids]
+        self._dictionary = (weights.W_enc, weights.b_enc) if is_topk else None
+
+    def to(self, device: torch.device | str) -> SlicedEncoder:
+        """The same encoder with its tensors on `device`."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        if self._dictionary is not None:
+            W_enc, b_enc = self._dictionary
+            moved._dictionary = (W_enc.to(device), b_enc.to(device))
+        return moved
 
     def __call__(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_latents"]:
         """Latent activations of the registered latents.
 
-        Equal to the columns of `encode` but for rounding. TopK: among equal pre-activations at
-        the k-th place the lowest latent ids are kept; one that rounding alone separates from
+        Equal to the columns of `SAE.encode` but for rounding. TopK: among equal pre-activations
+        at the k-th place the lowest latent ids are kept; one that rounding alone separates from
         the k-th value may fall on the other side.
         """
-        z = self.sae._input(x).reshape(-1, x.shape[-1])  # n d_in
-        pre_acts = z @ self._W + self._b  # n n_latents
         shape = (*x.shape[:-1], len(self.latent_ids))
-        if self.sae.config.architecture != "topk":
+        z = _centred(x, self._b_dec, self.config.d_in).reshape(-1, self.config.d_in)  # n d_in
+        pre_acts = z @ self._W + self._b  # n n_latents
+        if self._dictionary is None:
             return _gate(pre_acts, self._threshold).reshape(shape)
         kept = torch.empty_like(pre_acts, dtype=torch.bool)
-        chunk = min(CHUNK_LATENTS, self.sae.config.d_sae)
+        chunk = min(CHUNK_LATENTS, self.config.d_sae)
         n_rows = max(1, BLOCK_NUMBERS // chunk)
         for start in range(0, len(z), n_rows):
             block = slice(start, start + n_rows)
@@ -183,9 +196,9 @@ class SlicedEncoder:
         self, z: Float[Tensor, "n d_in"], pre_acts: Float[Tensor, "n n_latents"], chunk: int
     ) -> Bool[Tensor, "n n_latents"]:
         """Which positive `pre_acts` have fewer than k latents of the dictionary before them."""
-        k, d_sae = self.sae.config.k, self.sae.config.d_sae
-        assert k is not None
-        W_enc, b_enc = self.sae.weights.W_enc, self.sae.weights.b_enc
+        k, d_sae = self.config.k, self.config.d_sae
+        assert k is not None and self._dictionary is not None
+        W_enc, b_enc = self._dictionary
         row, column = (pre_acts > 0).nonzero(as_tuple=True)  # one entry per candidate
         n_before = torch.zeros_like(row)
         for start in range(0, d_sae, chunk):
@@ -233,6 +246,14 @@ class SlicedEncoder:
             lower = ids < self.latent_ids[column[some], None]
             counts[some] = ((theirs > ours) | ((theirs == ours) & lower)).sum(dim=-1)
         return counts
+
+
+def _centred(
+    x: Float[Tensor, "... width"], b_dec: Float[Tensor, " d_in"] | None, d_in: int
+) -> Float[Tensor, "... d_in"]:
+    if x.shape[-1] != d_in:
+        raise ShapeError(f"x has width {x.shape[-1]}, the SAE's d_in is {d_in}")
+    return x.float() if b_dec is None else x.float() - b_dec
 
 
 def _each(weights: SAEWeights, change: Callable[[Tensor], Tensor]) -> SAEWeights:
