@@ -1,0 +1,43 @@
+"""Telling formats apart, and saying what was found when none fits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sae_core.errors import SAEFormatError
+from sae_core.formats import LISTED_FILES, load_sae
+from sae_core.formats.saelens import save_saelens
+from sae_core.testing.planted import planted_sae
+
+
+def test_unknown_folder_lists_what_was_found_and_what_is_known(tmp_path: Path) -> None:
+    (tmp_path / "cfg.json").write_text("{}")
+    (tmp_path / "layers.1").mkdir()
+    with pytest.raises(SAEFormatError) as caught:
+        load_sae(tmp_path)
+    assert "found cfg.json, layers.1/; known: SAELens (a folder with cfg.json" in str(caught.value)
+
+
+def test_a_long_listing_is_cut(tmp_path: Path) -> None:
+    for n in range(LISTED_FILES + 3):
+        (tmp_path / f"shard-{n:02}").touch()
+    with pytest.raises(SAEFormatError, match="shard-11 and 3 more"):
+        load_sae(tmp_path)
+
+
+def test_empty_folder_single_file_and_nothing_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(SAEFormatError, match="found an empty folder"):
+        load_sae(tmp_path)
+    (tmp_path / "x.npz").touch()
+    with pytest.raises(SAEFormatError, match=r"found the file x\.npz"):
+        load_sae(tmp_path / "x.npz")
+    with pytest.raises(SAEFormatError, match="nowhere: does not exist"):
+        load_sae(tmp_path / "nowhere")
+
+
+def test_a_hint_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
+    save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path)
+    with pytest.raises(SAEFormatError, match="SAELens has no hint 'k', accepted hints: none"):
+        load_sae(tmp_path, k=3)

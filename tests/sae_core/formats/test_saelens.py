@@ -1,0 +1,275 @@
+"""SAELens folders: the shared fixtures, the round trip, and what is refused in which words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sae_core.errors import SAEFormatError
+from sae_core.formats import load_sae
+from sae_core.formats.saelens import CFG, SCALER, WEIGHTS, read_saelens, save_saelens
+from sae_core.sae import SAE, Architecture, SAEConfig, SAEWeights
+from sae_core.testing.planted import planted_sae
+
+READ = (
+    "standard",
+    "jumprelu",
+    "topk",
+    "topk-rescale",
+    "batchtopk",
+    "matryoshka_batchtopk",
+)
+REFUSED = {
+    "abstopk": "architecture: found 'abstopk', .* signed",
+    "gated": "architecture: found 'gated', .*b_gate",
+    "transcoder": "architecture: found 'transcoder', .* predicts another",
+    "jumprelu_skip_transcoder": "architecture: found 'jumprelu_skip_transcoder'",
+    "standard-layer_norm": "normalize_activations: found 'layer_norm', expected none",
+    "standard-hook_z": "reshape_activations: found 'hook_z', expected none",
+}
+
+
+def fixture_folder(shared_folder: Path, name: str) -> Path:
+    folder = shared_folder / "fixtures" / "sae" / f"saelens6-{name}"
+    if not folder.is_dir():
+        pytest.skip(f"the shared fixture saelens6-{name} is not beside this checkout")
+    return folder
+
+
+def within(found: torch.Tensor, expected: np.ndarray, tolerance: float) -> bool:
+    return bool((np.abs(found.numpy() - expected) <= tolerance * (1 + np.abs(expected))).all())
+
+
+@pytest.mark.parametrize("name", READ)
+def test_published_folder_encodes_and_decodes_as_its_library(
+    shared_folder: Path, name: str
+) -> None:
+    folder = fixture_folder(shared_folder, name)
+    case = json.loads((folder / "case.json").read_text())
+    expected = np.load(folder / "expected.npz")
+    sae = load_sae(folder, **case["loader_kwargs"])
+    x = torch.from_numpy(expected["x"])
+    acts = sae.encode(x)
+    assert np.array_equal(acts.numpy() > 0, expected["acts"] > 0)
+    assert within(acts, expected["acts"], case["tolerance"])
+    registered = case["registered"]
+    for sliced in (sae.slice(registered)(x), sae.encode(x, latent_ids=registered[::-1]).flip(-1)):
+        assert np.array_equal(sliced.numpy() > 0, expected["acts"][:, registered] > 0)
+        assert within(sliced, expected["acts"][:, registered], case["tolerance"])
+    assert (expected["acts"][:, registered] > 0).any()
+    assert within(sae.decode(acts, x), expected["recon"], case["tolerance"])
+    assert sae.config.hook_point == "blocks.6.hook_resid_post"
+    assert sae.config.model_name == "gpt2"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_published_folder_that_is_not_read_is_refused_by_name(
+    shared_folder: Path, name: str
+) -> None:
+    folder = fixture_folder(shared_folder, name)
+    with pytest.raises(SAEFormatError, match=REFUSED[name]) as caught:
+        load_sae(folder)
+    assert str(folder / CFG) in str(caught.value)
+
+
+def test_saelens_5_folder_is_refused(shared_folder: Path) -> None:
+    folder = fixture_folder(shared_folder, "topk").with_name("saelens5-topk")
+    with pytest.raises(SAEFormatError, match="metadata: found no such key, .*5 and older"):
+        load_sae(folder)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu", "topk", "batchtopk"])
+def test_saved_and_read_again_is_the_same_sae(tmp_path: Path, architecture: Architecture) -> None:
+    sae = planted_sae(8, 32, architecture=architecture, seed=1)
+    save_saelens(sae, tmp_path / "sae")
+    again = load_sae(tmp_path / "sae")
+    expected = "jumprelu" if architecture == "batchtopk" else architecture
+    assert again.config.architecture == expected
+    assert (again.config.k, again.config.hook_point) == (sae.config.k, sae.config.hook_point)
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(again.encode(x), sae.encode(x))
+    assert torch.equal(again.decode(again.encode(x)), sae.decode(sae.encode(x)))
+    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == [CFG, WEIGHTS]
+
+
+def test_bfloat16_halves_the_matrices_and_nothing_else(tmp_path: Path) -> None:
+    sae = planted_sae(8, 32, architecture="jumprelu", seed=1)
+    save_saelens(sae, tmp_path, dtype="bfloat16")
+    stored = {name: tensor.dtype for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    assert stored == {
+        "W_enc": torch.bfloat16,
+        "W_dec": torch.bfloat16,
+        "b_enc": torch.float32,
+        "b_dec": torch.float32,
+        "threshold": torch.float32,
+    }
+    assert json.loads((tmp_path / CFG).read_text())["dtype"] == "bfloat16"
+    weights = read_saelens(tmp_path).weights
+    assert torch.equal(weights.W_enc, sae.weights.W_enc.bfloat16().float())
+    assert weights.threshold is not None and sae.weights.threshold is not None
+    assert torch.equal(weights.threshold, sae.weights.threshold)
+
+
+def test_metadata_survives_the_round_trip(tmp_path: Path) -> None:
+    sae = planted_sae(8, 32, architecture="relu", seed=1)
+    config = SAEConfig(
+        architecture="relu",
+        d_in=8,
+        d_sae=32,
+        apply_b_dec_to_input=True,
+        hook_point="blocks.8.hook_resid_post",
+        model_name="some/model",
+        metadata={"fvu": 0.25, "prepend_bos": True},
+    )
+    save_saelens(SAE(config, sae.weights), tmp_path)
+    again = load_sae(tmp_path).config
+    assert (again.hook_point, again.model_name) == ("blocks.8.hook_resid_post", "some/model")
+    assert again.metadata["fvu"] == 0.25
+    assert again.apply_b_dec_to_input is True
+
+
+def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
+    sae = planted_sae(8, 32, architecture="relu", seed=1)
+    config = SAEConfig(architecture="relu", d_in=8, d_sae=32, metadata={"where": Path()})
+    with pytest.raises(SAEFormatError, match="metadata is not JSON"):
+        save_saelens(SAE(config, sae.weights), tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()
+
+
+def write_training_checkpoint(folder: Path, *, rescale: bool, threshold: float = 0.5) -> SAEWeights:
+    """A folder as training leaves it: decoder norms unfolded, one float64 threshold."""
+    generator = torch.Generator().manual_seed(5)
+    W_dec = torch.randn(20, 6, generator=generator)
+    W_dec[3] = 0
+    weights = SAEWeights(
+        torch.randn(6, 20, generator=generator),
+        torch.randn(20, generator=generator),
+        W_dec,
+        torch.randn(6, generator=generator),
+    )
+    save_saelens(SAE(SAEConfig(architecture="relu", d_in=6, d_sae=20), weights), folder)
+    change_cfg(folder, architecture="batchtopk", rescale_acts_by_decoder_norm=rescale, k=4)
+    scalar = torch.tensor(threshold, dtype=torch.float64)
+    save_file(load_file(folder / WEIGHTS) | {"topk_threshold": scalar}, folder / WEIGHTS)
+    return weights
+
+
+def change_cfg(folder: Path, **changes: object) -> None:
+    cfg = json.loads((folder / CFG).read_text())
+    cfg |= changes
+    cfg = {key: value for key, value in cfg.items() if value is not ...}
+    (folder / CFG).write_text(json.dumps(cfg))
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+def test_training_checkpoint_uses_its_stored_threshold(tmp_path: Path, rescale: bool) -> None:
+    weights = write_training_checkpoint(tmp_path, rescale=rescale)
+    W_enc, b_enc, W_dec, b_dec, _ = (None if w is None else w.double().numpy() for w in weights)
+    assert W_enc is not None and b_enc is not None and W_dec is not None and b_dec is not None
+    norms = np.linalg.norm(W_dec, axis=1) if rescale else np.ones(20)
+    x = np.random.default_rng(0).normal(size=(30, 6)).astype(np.float32)
+    scaled = (x @ W_enc + b_enc) * norms
+    acts = np.where(scaled > 0.5, scaled, 0.0)
+    recons = acts / np.where(norms > 0, norms, 1) @ W_dec + b_dec
+    sae = load_sae(tmp_path)
+    assert sae.config.architecture == "batchtopk"
+    found = sae.encode(torch.from_numpy(x))
+    assert np.array_equal(found.numpy() > 0, acts > 0)
+    np.testing.assert_allclose(found.numpy(), acts, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sae.decode(found).numpy(), recons, rtol=1e-4, atol=1e-4)
+
+
+def write_scaler(folder: Path) -> None:
+    (folder / SCALER).write_text(json.dumps({"scaling_factor": 2.5}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (write_scaler, f"{SCALER}: scaling_factor: found 2.5, expected null"),
+        (
+            lambda f: change_cfg(f, rescale_acts_by_decoder_norm=...),
+            "rescale_acts_by_decoder_norm: found no such key, expected true or false",
+        ),
+    ],
+)
+def test_ambiguous_training_checkpoint_is_refused(
+    tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    write_training_checkpoint(tmp_path, rescale=True)
+    damage(tmp_path)
+    with pytest.raises(SAEFormatError, match=said):
+        load_sae(tmp_path)
+
+
+def test_training_checkpoint_without_an_estimated_threshold_is_refused(tmp_path: Path) -> None:
+    write_training_checkpoint(tmp_path, rescale=False, threshold=0.0)
+    with pytest.raises(SAEFormatError, match=r"topk_threshold: found 0\.0, expected the positive"):
+        load_sae(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"d_in": 9}, r"W_dec: found shape \[32, 8\], expected \[32, 9\]"),
+        ({"d_sae": "32"}, "d_sae: found '32', expected a whole number from 1"),
+        ({"d_in": ...}, "d_in: found no such key, expected a whole number from 1"),
+        ({"dtype": "int8"}, "dtype: found 'int8', expected one of float32, bfloat16"),
+        ({"architecture": "crosscoder"}, "architecture: found 'crosscoder', expected one of"),
+        ({"architecture": "jumprelu"}, "tensors: found .*, expected .*, threshold"),
+        ({"architecture": "topk"}, "k: found no such key, expected a whole number from 1"),
+        ({"architecture": "topk", "k": 33}, "k is 33, expected 1 to d_sae, which is 32"),
+        ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input: found 'yes', expected true"),
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            "normalize_activations: found 'expected_average_only_in', .* not in the folder",
+        ),
+        ({"metadata": {"hook_head_index": 3}}, "metadata.hook_head_index: found 3"),
+    ],
+)
+def test_cfg_that_contradicts_is_refused_by_key(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    save_saelens(planted_sae(8, 32, architecture="relu", seed=1), tmp_path)
+    change_cfg(tmp_path, **changes)
+    with pytest.raises(SAEFormatError, match=said) as caught:
+        load_sae(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def poison(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["b_enc"][3] = torch.nan
+    save_file(tensors, folder / WEIGHTS)
+
+
+def make_integer(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file(tensors | {"b_dec": torch.zeros(8, dtype=torch.int32)}, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / CFG).write_text("{"), "cfg.json: cannot be read as JSON"),
+        (lambda f: (f / CFG).write_text("[]"), "cfg.json: found list, expected a JSON object"),
+        (lambda f: (f / WEIGHTS).write_bytes(b"x" * 99), "cannot be read as safetensors"),
+        (poison, "b_enc: found 1 numbers not finite, expected none"),
+        (make_integer, "b_dec: found torch.int32, expected floating point"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(
+    tmp_path: Path, damage: Callable[[Path], object], said: str
+) -> None:
+    save_saelens(planted_sae(8, 32, architecture="relu", seed=1), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(SAEFormatError, match=said):
+        load_sae(tmp_path)
