@@ -1,0 +1,179 @@
+"""Tokens in, token logits out: language model, SAEs and heads as one step.
+
+Knows no requests, thresholds or time limits: those are the service's. A step is a function of its
+segments alone; what a stream remembers is its `KVStream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError
+from sae_core.heads import ClusterHeads
+from sae_core.hook_points import HookPoint
+from sae_core.language_model.model import LanguageModel, Segment
+from sae_core.language_model.packed import KVStream
+from sae_core.language_model.tokenizer import Tokenizer
+from sae_core.sae import SAE
+
+
+class SegmentScores(NamedTuple):
+    """The scores of one segment's tokens, in order."""
+
+    logits: Float32[np.ndarray, "n n_clusters 3"]
+    """Last axis: fused, dense, sae; clusters in registered order."""
+    latent_acts: Float32[np.ndarray, "n n_latents"]
+    """Registered latents, those of each SAE side by side in the order of the heads' `sae_ids`."""
+
+
+class StepScores(NamedTuple):
+    """What one step made, and how long its two halves took."""
+
+    segments: tuple[SegmentScores, ...]
+    forward_seconds: float
+    encode_seconds: float
+    """SAE encoding, heads, and the copy to host memory."""
+
+
+class Scorer:
+    """A language model whose residual streams are read by SAEs and dense heads.
+
+    Args:
+        language_model: Loaded up to every hook point named below.
+        tokenizer: The one that belongs to it; kept beside it, not used here.
+        saes: By id, where each one reads and what it is; ids as in the heads' `sae_ids`.
+        heads: The clusters to score.
+
+    Raises:
+        HeadError: The heads' SAEs are not those given, or a cluster does not fit them.
+        ShapeError: An SAE's d_in is not the model's d_model.
+        HookPointError: An SAE or dense head reads where the language model was not told to.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        tokenizer: Tokenizer,
+        saes: Mapping[str, tuple[HookPoint, SAE]],
+        heads: ClusterHeads,
+    ) -> None:
+        if set(saes) != set(heads.sae_ids):
+            found, expected = sorted(saes), sorted(heads.sae_ids)
+            raise HeadError(f"SAEs given are {found}, the heads were built for {expected}")
+        d_model, device = language_model.config.d_model, language_model.config.device
+        for sae_id, (_, sae) in saes.items():
+            if sae.config.d_in != d_model:
+                found_width = f"d_in is {sae.config.d_in}"
+                raise ShapeError(f"SAE {sae_id!r}: {found_width}, the model's d_model is {d_model}")
+        heads.check_fit({sae_id: sae.config.d_sae for sae_id, (_, sae) in saes.items()}, d_model)
+        read = {f"SAE {sae_id!r}": str(hook_point) for sae_id, (hook_point, _) in saes.items()}
+        read |= {
+            f"dense head of cluster {c.id!r}": c.dense_hook_point
+            for c in heads.clusters
+            if c.dense_hook_point is not None
+        }
+        loaded = [str(hook_point) for hook_point in language_model.hook_points]
+        for reader, name in read.items():
+            if name not in loaded:
+                expected_places = ", ".join(loaded)
+                raise HookPointError(f"{reader} reads {name}, the model gives {expected_places}")
+        self.language_model = language_model
+        self.tokenizer = tokenizer
+        self.heads = heads.to(device)
+        self._encoders = {
+            sae_id: (saes[sae_id][0], saes[sae_id][1].slice(heads.latent_ids[sae_id]).to(device))
+            for sae_id in heads.sae_ids
+        }
+
+    def open_stream(self) -> KVStream:
+        """A stream without tokens, for segments of this scorer."""
+        return self.language_model.open_stream()
+
+    def step(self, segments: Sequence[Segment]) -> StepScores:
+        """Scores every segment's tokens, which become part of their streams.
+
+        When anything is raised no stream has grown.
+
+        Raises:
+            TokenError: As `LanguageModel.step`.
+            ScorerError: A residual stream or a logit is not finite; names the segment's index,
+                the token's position in its stream, and the hook point or the cluster.
+        """
+        lengths = {id(s.stream): (s.stream, s.stream.length) for s in segments}
+        began = perf_counter()
+        resid = self.language_model.step(segments)
+        try:
+            self._check_finite(resid, segments, lengths)
+            forward_ended = perf_counter()
+            logits, latent_acts = self.score_resid(resid)
+            bad = np.argwhere(~np.isfinite(logits))
+            if len(bad):
+                cluster = self.heads.clusters[bad[0][1]].id
+                raise ScorerError(
+                    f"{_place(int(bad[0][0]), segments, lengths)}: logits of cluster {cluster!r} "
+                    f"are {logits[bad[0][0], bad[0][1]].tolist()}, expected finite"
+                )
+        except ScorerError:
+            for stream, length in lengths.values():
+                stream.truncate(length)
+            raise
+        scores: list[SegmentScores] = []
+        start = 0
+        for segment in segments:
+            rows = slice(start, start + len(segment.token_ids))
+            scores.append(SegmentScores(logits[rows].copy(), latent_acts[rows].copy()))
+            start = rows.stop
+        return StepScores(tuple(scores), forward_ended - began, perf_counter() - forward_ended)
+
+    def score_resid(
+        self, resid: Mapping[HookPoint, Float[Tensor, "n d_model"]]
+    ) -> tuple[Float32[np.ndarray, "n n_clusters 3"], Float32[np.ndarray, "n n_latents"]]:
+        """Logits and latent activations of tokens whose residual streams are already known.
+
+        Needs every hook point that an SAE or a dense head reads.
+        """
+        with torch.inference_mode():
+            latent_acts = {
+                sae_id: encode(resid[hook_point])
+                for sae_id, (hook_point, encode) in self._encoders.items()
+            }
+            logits = self.heads({str(h): tensor for h, tensor in resid.items()}, latent_acts)
+            stacked = torch.stack((logits.fused, logits.dense, logits.sae), dim=-1)
+            acts = torch.cat([*latent_acts.values(), stacked.new_empty(len(stacked), 0)], dim=-1)
+        return stacked.cpu().numpy(), acts.cpu().numpy()
+
+    def _check_finite(
+        self,
+        resid: Mapping[HookPoint, Float[Tensor, "n d_model"]],
+        segments: Sequence[Segment],
+        lengths: Mapping[int, tuple[KVStream, int]],
+    ) -> None:
+        for hook_point, tensor in resid.items():
+            finite = torch.isfinite(tensor).all(dim=-1)
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
+                raise ScorerError(
+                    f"{_place(row, segments, lengths)}: residual stream at {hook_point} is not "
+                    "finite, expected finite numbers"
+                )
+
+
+def _place(
+    row: int, segments: Sequence[Segment], lengths: Mapping[int, tuple[KVStream, int]]
+) -> str:
+    """Where a row of the batch comes from: its segment, and its position in the stream."""
+    positions = {key: length for key, (_, length) in lengths.items()}
+    for index, segment in enumerate(segments):
+        n = len(segment.token_ids)
+        if row < n:
+            return f"segment {index}, position {positions[id(segment.stream)] + row}"
+        row -= n
+        positions[id(segment.stream)] += n
+    raise AssertionError("the row lies beyond the segments")
