@@ -55,9 +55,10 @@ class Tokenizer:
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
         """Control tokens, BOS and padding among them."""
-        self.fingerprint = _fingerprint(pieces)
-        """sha256, hex, of what gives ids their meaning: the JSON list of [id, piece] in order of
-        id, without spaces, as UTF-8. Two tokenizers with one fingerprint mean the same by an id."""
+        self.fingerprint = _fingerprint(pieces, self.vocab_size)
+        """sha256, hex, of what gives ids their meaning: the JSON list of pieces in order of id
+        (null where an id has none), without white space, as UTF-8. How a file is laid out or which
+        library wrote it makes no difference."""
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of `text`, after BOS where the tokenizer has one; control tokens are matched.
@@ -193,8 +194,10 @@ def _bos_id(
     return None
 
 
-def _fingerprint(pieces: dict[str, int]) -> str:
-    by_id = sorted((token_id, piece) for piece, token_id in pieces.items())
+def _fingerprint(pieces: dict[str, int], vocab_size: int) -> str:
+    by_id: list[str | None] = [None] * vocab_size
+    for piece, token_id in pieces.items():
+        by_id[token_id] = max(piece, by_id[token_id] or "")
     text = json.dumps(by_id, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
