@@ -1,0 +1,318 @@
+"""One packed step against the plain full model, for every family and every way to cut a text."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae_core.errors import TokenError
+from sae_core.hook_points import HookPoint
+from sae_core.language_model import packed
+from sae_core.language_model.loading import load_language_model
+from sae_core.language_model.model import LanguageModel, Segment
+from sae_core.language_model.packed import KVStream
+from sae_core.testing.models import D_MODEL, FAMILIES, MAX_POSITIONS, N_PIECES, tiny_model_folder
+
+TOLERANCE = 1e-5
+"""Relative to the largest value at the hook point; float32 rounding alone gives about 1e-6."""
+
+LENGTHS = (1, 5, 30, 37)  # the sliding windows are 8 tokens wide
+
+HookPointsOf = Callable[[str], list[HookPoint]]
+OracleOf = Callable[[Path], Callable[[Sequence[int]], dict[HookPoint, Tensor]]]
+
+
+def random_texts(lengths: Sequence[int] = LENGTHS) -> list[list[int]]:
+    rng = random.Random(0)
+    return [[rng.randrange(N_PIECES) for _ in range(length)] for length in lengths]
+
+
+def run(
+    model: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    chunk: Callable[[], int],
+    *,
+    together: bool = True,
+) -> list[dict[HookPoint, Tensor]]:
+    """Feeds all texts to their streams, `chunk()` tokens at a time in a shuffled order."""
+    rng = random.Random(1)
+    streams = [model.open_stream() for _ in texts]
+    parts: list[dict[HookPoint, list[Tensor]]] = [{h: [] for h in model.hook_points} for _ in texts]
+    while todo := [i for i, text in enumerate(texts) if streams[i].length < len(text)]:
+        rng.shuffle(todo)
+        batch = todo if together else todo[:1]
+        segments = [
+            Segment(streams[i], texts[i][streams[i].length : streams[i].length + chunk()])
+            for i in batch
+        ]
+        resid = model.step(segments)
+        row = 0
+        for i, segment in zip(batch, segments, strict=True):
+            for hook_point in model.hook_points:
+                parts[i][hook_point].append(resid[hook_point][row : row + len(segment.token_ids)])
+            row += len(segment.token_ids)
+    return [{h: torch.cat(found[h]) for h in found} for found in parts]
+
+
+def assert_same(found: dict[HookPoint, Tensor], expected: dict[HookPoint, Tensor]) -> None:
+    for hook_point, resid in found.items():
+        want = expected[hook_point]
+        assert resid.shape == want.shape
+        error = (resid - want).abs().amax(dim=-1) / want.abs().amax(dim=-1)
+        assert error.max() < TOLERANCE, f"{hook_point}: {error.max():.1e}"
+
+
+def chunking(name: str) -> tuple[Callable[[], int], bool]:
+    rng = random.Random(2)
+    return {
+        "whole": (lambda: 1000, False),
+        "token by token": (lambda: 1, False),
+        "random chunks": (lambda: rng.randrange(1, 12), False),
+        "batched whole": (lambda: 1000, True),
+        "batched token by token": (lambda: 1, True),
+        "batched random chunks": (lambda: rng.randrange(1, 12), True),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "whole",
+        "token by token",
+        "random chunks",
+        "batched whole",
+        "batched token by token",
+        "batched random chunks",
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_resid_equals_the_plain_full_model(
+    family: str,
+    way: str,
+    folder_of: Callable[[str], Path],
+    all_hook_points: HookPointsOf,
+    oracle_of: OracleOf,
+) -> None:
+    folder, texts = folder_of(family), random_texts()
+    oracle = oracle_of(folder)
+    chunk, together = chunking(way)
+    found = run(
+        load_language_model(folder, all_hook_points(family)), texts, chunk, together=together
+    )
+    for resid, text in zip(found, texts, strict=True):
+        assert_same(resid, oracle(text))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+        ("qwen2", {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma3", {"num_key_value_heads": 4}),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 10000.0,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+    ],
+)
+def test_variants_of_a_family_equal_the_plain_full_model(
+    family: str, overrides: dict[str, object], tmp_path: Path, oracle_of: OracleOf
+) -> None:
+    folder = tiny_model_folder(tmp_path / "model", family, seed=3, **overrides)
+    sites = ("resid_pre", "resid_mid", "resid_post")
+    model = load_language_model(folder, [HookPoint(layer, s) for layer in range(3) for s in sites])
+    oracle, texts = oracle_of(folder), random_texts()
+    chunk, together = chunking("batched random chunks")
+    for resid, text in zip(run(model, texts, chunk, together=together), texts, strict=True):
+        assert_same(resid, oracle(text))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_long_segments_are_masked_block_by_block(
+    family: str,
+    folder_of: Callable[[str], Path],
+    oracle_of: OracleOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "QUERY_BLOCK", 7)
+    folder, texts = folder_of(family), random_texts((61, 40))
+    model = load_language_model(folder, [HookPoint(2, "resid_post")])
+    oracle = oracle_of(folder)
+    for resid, text in zip(run(model, texts, lambda: 23), texts, strict=True):
+        assert_same(resid, oracle(text))
+
+
+def test_one_stream_may_have_several_segments_in_a_step(
+    folder_of: Callable[[str], Path], oracle_of: OracleOf
+) -> None:
+    folder, (text, other) = folder_of("gemma3"), random_texts((20, 6))
+    model = load_language_model(folder, [HookPoint(1, "resid_post")])
+    stream, neighbour = model.open_stream(), model.open_stream()
+    resid = model.step(
+        [Segment(stream, text[:9]), Segment(neighbour, other), Segment(stream, text[9:])]
+    )[HookPoint(1, "resid_post")]
+    found = torch.cat([resid[:9], resid[15:]])
+    assert_same({HookPoint(1, "resid_post"): found}, oracle_of(folder)(text))
+    assert (stream.length, neighbour.length) == (20, 6)
+
+
+def test_truncated_stream_goes_on_as_if_the_rest_had_never_been(
+    folder_of: Callable[[str], Path], oracle_of: OracleOf
+) -> None:
+    folder, (text, other) = folder_of("gemma3"), random_texts((40, 25))
+    model = load_language_model(folder, [HookPoint(2, "resid_post")])
+    stream = model.open_stream()
+    model.step([Segment(stream, text[:15] + other)])
+    stream.truncate(15)
+    found = model.step([Segment(stream, text[15:])])
+    expected = oracle_of(folder)(text)[HookPoint(2, "resid_post")][15:]
+    assert_same(found, {HookPoint(2, "resid_post"): expected})
+
+
+def test_truncate_refuses_a_length_that_the_stream_does_not_have(
+    folder_of: Callable[[str], Path],
+) -> None:
+    model = load_language_model(folder_of("llama"), [HookPoint(0, "resid_post")])
+    stream = model.open_stream()
+    model.step([Segment(stream, [1, 2, 3])])
+    with pytest.raises(ValueError, match="found 4, expected 0 to the length 3"):
+        stream.truncate(4)
+
+
+def test_failed_forward_leaves_every_stream_as_it_was(
+    folder_of: Callable[[str], Path], oracle_of: OracleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (text, other) = folder_of("mistral"), random_texts((90, 30))
+    hook_point = HookPoint(2, "resid_post")
+    model = load_language_model(folder, [hook_point])
+    streams = [model.open_stream(), model.open_stream()]
+    first = [Segment(streams[0], text[:10]), Segment(streams[1], other[:20])]
+    second = [Segment(streams[0], text[10:]), Segment(streams[1], other[20:])]
+    model.step(first)
+    write = KVStream.write
+
+    def out_of_memory_in_the_last_layer(
+        self: KVStream, layer: int, start: int, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if layer == 2 and self is streams[1]:
+            raise MemoryError
+        return write(self, layer, start, keys, values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVStream, "write", out_of_memory_in_the_last_layer)
+        with pytest.raises(MemoryError):
+            model.step(second)
+    assert [stream.length for stream in streams] == [10, 20]
+    again = model.step(second)[hook_point]
+    oracle = oracle_of(folder)
+    expected = torch.cat([oracle(text)[hook_point][10:], oracle(other)[hook_point][20:]])
+    assert_same({hook_point: again}, {hook_point: expected})
+
+
+def test_threads_may_step_at_the_same_time(
+    folder_of: Callable[[str], Path], oracle_of: OracleOf
+) -> None:
+    folder, texts = folder_of("qwen3"), random_texts((33, 34, 35, 36))
+    hook_points = [HookPoint(0, "resid_mid"), HookPoint(2, "resid_post")]
+    model, oracle = load_language_model(folder, hook_points), oracle_of(folder)
+    found: dict[int, dict[HookPoint, Tensor]] = {}
+
+    def work(index: int) -> None:
+        found[index] = run(model, [texts[index]], lambda: 4)[0]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, text in enumerate(texts):
+        assert_same(found[index], oracle(text))
+
+
+def test_resid_is_the_callers_and_autograd_accepts_it(folder_of: Callable[[str], Path]) -> None:
+    hook_point = HookPoint(0, "resid_post")
+    model = load_language_model(folder_of("llama"), [hook_point])
+    stream = model.open_stream()
+    resid = model.step([Segment(stream, [1, 2, 3])])[hook_point]
+    kept = resid.clone()
+    weight = torch.ones(D_MODEL, requires_grad=True)
+    (resid @ weight).sum().backward()
+    model.step([Segment(stream, [4, 5])])
+    assert not resid.is_inference()
+    assert torch.equal(weight.grad, resid.sum(0))
+    assert torch.equal(resid, kept)
+
+
+def test_forward_stops_at_the_deepest_hook_point(folder_of: Callable[[str], Path]) -> None:
+    model = load_language_model(folder_of("llama"), [HookPoint(1, "resid_mid")])
+    ran: list[str] = []
+    for name, module in model._module.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    model.step([Segment(model.open_stream(), [1, 2, 3])])
+    assert "layers.1.self_attn" in ran
+    assert "layers.0.mlp" in ran
+    assert "layers.1.mlp" not in ran
+    assert model.config.n_layers == 2
+
+
+def test_no_tokens_give_no_rows(folder_of: Callable[[str], Path]) -> None:
+    hook_point = HookPoint(0, "resid_post")
+    model = load_language_model(folder_of("gpt2"), [hook_point])
+    stream = model.open_stream()
+    assert model.step([])[hook_point].shape == (0, D_MODEL)
+    assert model.step([Segment(stream, [])])[hook_point].shape == (0, D_MODEL)
+    assert model.step([Segment(stream, []), Segment(stream, [7])])[hook_point].shape == (1, D_MODEL)
+    assert stream.length == 1
+
+
+@pytest.mark.parametrize("bad", [-1, N_PIECES])
+def test_token_id_outside_the_vocabulary_is_named(
+    bad: int, folder_of: Callable[[str], Path]
+) -> None:
+    model = load_language_model(folder_of("gpt2"), [HookPoint(0, "resid_post")])
+    good, stream = model.open_stream(), model.open_stream()
+    model.step([Segment(stream, [3, 4])])
+    with pytest.raises(
+        TokenError, match=f"segment 1: found token id {bad} at position 4, expected 0 to 399"
+    ):
+        model.step([Segment(good, [1]), Segment(stream, [1, 2, bad])])
+    assert (good.length, stream.length) == (0, 2)
+
+
+def test_stream_longer_than_the_model_is_refused(folder_of: Callable[[str], Path]) -> None:
+    model = load_language_model(folder_of("gpt2"), [HookPoint(0, "resid_post")])
+    stream = model.open_stream()
+    model.step([Segment(stream, [1] * MAX_POSITIONS)])
+    with pytest.raises(TokenError, match="found 513 tokens in the stream, the model has 512"):
+        model.step([Segment(stream, [1])])
+
+
+def test_bfloat16_stays_near_float32(folder_of: Callable[[str], Path]) -> None:
+    hook_point = HookPoint(2, "resid_post")
+    texts = random_texts((30,))
+    found = [
+        run(load_language_model(folder_of("gemma2"), [hook_point], dtype=dtype), texts, lambda: 9)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    exact, rough = found[0][0][hook_point], found[1][0][hook_point]
+    assert rough.dtype == torch.bfloat16
+    cosine = torch.nn.functional.cosine_similarity(exact, rough.float(), dim=-1)
+    assert cosine.min() > 0.99  # 8 bits of mantissa through three random layers
