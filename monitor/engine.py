@@ -1,0 +1,361 @@
+"""One thread that owns the scorer: tokens of many requests in, numbers out.
+
+The event loop hands work over and awaits a future; the thread takes ragged batches up to a token
+budget, completions before prompts before replay, and never awaits. Long work is taken in chunks
+and goes back behind its peers, so that a long prompt delays others by one step at most. Work whose
+caller went away or whose deadline passed is dropped before it costs a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import structlog
+import torch
+from numpy.typing import NDArray
+
+from monitor.errors import (
+    ActivationError,
+    DeadlineError,
+    NotReadyError,
+    PayloadTooLargeError,
+    QueueFullError,
+    SettingsError,
+)
+from sae_core.errors import ScorerError, TokenError
+from sae_core.language_model.model import Segment
+from sae_core.language_model.packed import KVStream
+from sae_core.scorer import Scorer
+
+log = structlog.get_logger(__name__)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16 by name; SettingsError for anything else."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise SettingsError(f"dtype: found {name!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def placement(device: str, dtype: str) -> tuple[str, str]:
+    """Device and dtype with `auto` decided: CUDA in bfloat16 where there is one, CPU in float32.
+
+    Raises:
+        SettingsError: CUDA is asked for and not there.
+    """
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        raise SettingsError("device: found no usable CUDA device, expected one for cuda")
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" else "float32"
+    return device, dtype
+
+
+class Priority(IntEnum):
+    """Smaller goes first."""
+
+    COMPLETION = 0
+    PROMPT = 1
+    REPLAY = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineResult:
+    """The numbers of one piece of work."""
+
+    logits: NDArray[np.float32]
+    """[n_tokens, n_clusters, 3]: fused, dense, sae."""
+    latent_acts: NDArray[np.float32]
+    """[n_tokens, n_registered_latents]."""
+    queue_seconds: float
+    forward_seconds: float
+    """This work's share, by tokens, of its steps' forward time."""
+    encode_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """What one step of the engine did, for metrics."""
+
+    n_segments: int
+    n_tokens: int
+    forward_seconds: float
+    encode_seconds: float
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    stream: KVStream
+    token_ids: Sequence[int]
+    priority: Priority
+    deadline: float | None
+    future: asyncio.Future[EngineResult]
+    loop: asyncio.AbstractEventLoop
+    queued_at: float
+    started_at: float | None = None
+    n_done: int = 0
+    forward_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    logits: list[NDArray[np.float32]] = field(default_factory=list)
+    latent_acts: list[NDArray[np.float32]] = field(default_factory=list)
+    abandoned: bool = False
+    """Set by the event loop when its caller stopped waiting; read by the thread."""
+
+    @property
+    def n_left(self) -> int:
+        return len(self.token_ids) - self.n_done
+
+
+class Engine:
+    """Owns a `Scorer`, its thread and its queue.
+
+    Args:
+        max_step_tokens: token budget of one step.
+        max_queue_tokens: tokens that may wait; beyond that `score` raises `QueueFullError`.
+        on_step: called in the engine thread after each step; must not block.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        max_step_tokens: int = 2048,
+        max_queue_tokens: int = 65536,
+        on_step: Callable[[StepRecord], None] = lambda step: None,
+    ) -> None:
+        self.scorer = scorer
+        self.max_queue_tokens = max_queue_tokens
+        self._max_step_tokens = max_step_tokens
+        self._on_step = on_step
+        self._queues: dict[Priority, deque[_Work]] = {p: deque() for p in Priority}
+        self._wake = threading.Condition()
+        self._queue_tokens = 0
+        self._tokens_per_second = 1000.0
+        self._stopping = False
+        self._failed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def queue_tokens(self) -> int:
+        """Tokens waiting or in the step that runs now."""
+        return self._queue_tokens
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread takes work."""
+        return self._thread.is_alive() and not self._failed and not self._stopping
+
+    def start(self) -> None:
+        """Starts the thread; call once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread after the step that runs now; waiting work gets NotReadyError."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def open_stream(self) -> KVStream:
+        """A new empty sequence; its keys and values are freed with the object."""
+        return self.scorer.open_stream()
+
+    async def score(
+        self,
+        stream: KVStream,
+        token_ids: Sequence[int],
+        *,
+        priority: Priority,
+        deadline: float | None = None,
+    ) -> EngineResult:
+        """Runs `token_ids` as the continuation of `stream`.
+
+        One call at a time for one stream. When this raises or is cancelled, the stream may hold a
+        part of the tokens (`stream.length` says how many).
+
+        Args:
+            deadline: on the clock of time.monotonic; None waits for ever.
+
+        Raises:
+            QueueFullError: the queue holds its limit; nothing was queued.
+            DeadlineError: the deadline passed before the last token was scored.
+            NotReadyError: the engine is stopping or has died.
+            ActivationError: the model produced NaN or infinity.
+        """
+        loop = asyncio.get_running_loop()
+        work = _Work(
+            stream=stream,
+            token_ids=token_ids,
+            priority=priority,
+            deadline=deadline,
+            future=loop.create_future(),
+            loop=loop,
+            queued_at=time.monotonic(),
+        )
+        with self._wake:
+            if not self.alive:
+                raise NotReadyError("engine: not running, expected a live engine thread")
+            waiting = self._queue_tokens
+            if waiting and waiting + len(token_ids) > self.max_queue_tokens:
+                raise QueueFullError(
+                    f"queue: {waiting} tokens wait and {len(token_ids)} more were sent, "
+                    f"expected at most {self.max_queue_tokens}",
+                    retry_seconds=min(30.0, max(0.05, waiting / self._tokens_per_second)),
+                )
+            self._queue_tokens += len(token_ids)
+            self._queues[priority].append(work)
+            self._wake.notify()
+        try:
+            return await work.future
+        except asyncio.CancelledError:
+            work.abandoned = True
+            raise
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._wake:
+                    while not self._stopping and not any(self._queues.values()):
+                        self._wake.wait()
+                    if self._stopping:
+                        break
+                    batch = self._take()
+                if batch:
+                    self._step(batch)
+        except BaseException:
+            self._failed = True
+            log.exception("engine_died")
+            raise
+        finally:
+            with self._wake:
+                self._stopping = True
+                left = [work for queue in self._queues.values() for work in queue]
+                for queue in self._queues.values():
+                    queue.clear()
+            for work in left:
+                self._finish(work, NotReadyError("engine: stopped before the tokens were scored"))
+
+    def _take(self) -> list[tuple[_Work, int]]:
+        """The next batch: work and how many of its tokens; called with the lock held."""
+        now = time.monotonic()
+        batch: list[tuple[_Work, int]] = []
+        budget = self._max_step_tokens
+        for queue in self._queues.values():
+            for _ in range(len(queue)):
+                if not budget:
+                    return batch
+                work = queue.popleft()
+                if work.abandoned:
+                    self._queue_tokens -= work.n_left
+                    continue
+                if work.deadline is not None and now >= work.deadline:
+                    self._queue_tokens -= work.n_left
+                    self._resolve(
+                        work,
+                        DeadlineError(
+                            f"deadline: passed with {work.n_left} of {len(work.token_ids)} "
+                            "tokens not scored"
+                        ),
+                    )
+                    continue
+                if work.started_at is None:
+                    work.started_at = now
+                n_tokens = min(work.n_left, budget)
+                budget -= n_tokens
+                batch.append((work, n_tokens))
+        return batch
+
+    def _step(self, batch: list[tuple[_Work, int]]) -> None:
+        segments = [
+            Segment(stream=w.stream, token_ids=list(w.token_ids[w.n_done : w.n_done + n]))
+            for w, n in batch
+        ]
+        started = time.monotonic()
+        try:
+            scores = self.scorer.step(segments)
+        except Exception as error:
+            if len(batch) > 1:
+                # One bad sequence must not take its neighbours along.
+                for single in batch:
+                    self._step([single])
+                return
+            work, _ = batch[0]
+            with self._wake:
+                self._queue_tokens -= work.n_left
+            self._resolve(work, self._explain(error))
+            return
+        n_tokens = sum(n for _, n in batch)
+        elapsed = time.monotonic() - started
+        self._tokens_per_second += 0.2 * (n_tokens / max(elapsed, 1e-6) - self._tokens_per_second)
+        for (work, n), segment in zip(batch, scores.segments, strict=True):
+            work.logits.append(segment.logits)
+            work.latent_acts.append(segment.latent_acts)
+            work.forward_seconds += scores.forward_seconds * n / n_tokens
+            work.encode_seconds += scores.encode_seconds * n / n_tokens
+            work.n_done += n
+        finished = [work for work, _ in batch if not work.n_left]
+        with self._wake:
+            self._queue_tokens -= n_tokens
+            for work, _ in batch:
+                if work.n_left:
+                    self._queues[work.priority].append(work)
+        for work in finished:
+            self._resolve(work, _result(work))
+        self._on_step(
+            StepRecord(
+                n_segments=len(batch),
+                n_tokens=n_tokens,
+                forward_seconds=scores.forward_seconds,
+                encode_seconds=scores.encode_seconds,
+            )
+        )
+
+    def _explain(self, error: Exception) -> Exception:
+        if isinstance(error, ScorerError):
+            return ActivationError(str(error))
+        if isinstance(error, TokenError):
+            return PayloadTooLargeError(str(error))
+        log.error("engine_step_failed", exc_info=error)
+        return error
+
+    def _finish(self, work: _Work, error: Exception) -> None:
+        with self._wake:
+            self._queue_tokens -= work.n_left
+        self._resolve(work, error)
+
+    @staticmethod
+    def _resolve(work: _Work, outcome: EngineResult | Exception) -> None:
+        def deliver() -> None:
+            if work.future.done():
+                return
+            if isinstance(outcome, Exception):
+                work.future.set_exception(outcome)
+            else:
+                work.future.set_result(outcome)
+
+        # A loop that has closed has nobody left to tell.
+        if not work.loop.is_closed():
+            work.loop.call_soon_threadsafe(deliver)
+
+
+def _result(work: _Work) -> EngineResult:
+    return EngineResult(
+        logits=np.concatenate(work.logits) if len(work.logits) > 1 else work.logits[0],
+        latent_acts=(
+            np.concatenate(work.latent_acts) if len(work.latent_acts) > 1 else work.latent_acts[0]
+        ),
+        queue_seconds=(work.started_at or work.queued_at) - work.queued_at,
+        forward_seconds=work.forward_seconds,
+        encode_seconds=work.encode_seconds,
+    )

@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from monitor.engine import Engine, Priority, StepRecord
+from monitor.errors import ActivationError, DeadlineError, NotReadyError, QueueFullError
+from sae_core.errors import ScorerError
+from sae_core.language_model.model import Segment
+from sae_core.scorer import Scorer, SegmentScores, StepScores
+
+POISON = 666
+
+
+@dataclass
+class FakeStream:
+    seen: list[int] = field(default_factory=list)
+
+
+class FakeScorer:
+    """Logits that spell out the token and its place; waits at a gate so that a test can queue."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.in_step = threading.Event()
+        self.steps: list[list[list[int]]] = []
+
+    def open_stream(self) -> FakeStream:
+        return FakeStream()
+
+    def step(self, segments: Sequence[Segment]) -> StepScores:
+        self.in_step.set()
+        assert self.gate.wait(10)
+        self.steps.append([list(s.token_ids) for s in segments])
+        if any(POISON in s.token_ids for s in segments):
+            raise ScorerError("segment 0, position 0: not finite")
+        scored = []
+        for segment in segments:
+            stream = cast(FakeStream, segment.stream)
+            start = len(stream.seen)
+            stream.seen += segment.token_ids
+            rows = [[[float(t), float(start + i), 0.0]] for i, t in enumerate(segment.token_ids)]
+            logits = np.array(rows, np.float32)
+            scored.append(SegmentScores(logits, np.zeros((len(rows), 2), np.float32)))
+        return StepScores(tuple(scored), 0.25, 0.125)
+
+
+@pytest.fixture
+def scorer() -> FakeScorer:
+    return FakeScorer()
+
+
+@pytest.fixture
+def steps() -> list[StepRecord]:
+    return []
+
+
+@pytest.fixture
+async def engine(scorer: FakeScorer, steps: list[StepRecord]) -> AsyncIterator[Engine]:
+    engine = Engine(
+        cast(Scorer, scorer), max_step_tokens=8, max_queue_tokens=40, on_step=steps.append
+    )
+    engine.start()
+    yield engine
+    scorer.gate.set()
+    await asyncio.to_thread(engine.stop)
+
+
+def score(engine: Engine, ids: Sequence[int], **changes: Any) -> asyncio.Task[Any]:
+    options: dict[str, Any] = {"priority": Priority.PROMPT, **changes}
+    return asyncio.create_task(engine.score(engine.open_stream(), ids, **options))
+
+
+async def hold(engine: Engine, scorer: FakeScorer) -> asyncio.Task[Any]:
+    """Work that keeps the engine busy until the gate opens."""
+    scorer.gate.clear()
+    scorer.in_step.clear()
+    busy = score(engine, [1])
+    await asyncio.to_thread(scorer.in_step.wait, 10)
+    return busy
+
+
+async def test_long_work_is_chunked_and_comes_back_whole(engine: Engine) -> None:
+    result = await score(engine, list(range(100, 120)))
+    assert result.logits[:, 0, 0].tolist() == list(range(100, 120))
+    assert result.logits[:, 0, 1].tolist() == list(range(20))
+    assert result.latent_acts.shape == (20, 2)
+    assert result.forward_seconds == pytest.approx(0.75)
+
+
+async def test_waiting_work_shares_a_step(
+    engine: Engine, scorer: FakeScorer, steps: list[StepRecord]
+) -> None:
+    busy = await hold(engine, scorer)
+    tasks = [score(engine, [i, i]) for i in range(10, 14)]
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    results = await asyncio.gather(busy, *tasks)
+    assert scorer.steps[1] == [[10, 10], [11, 11], [12, 12], [13, 13]]
+    assert [r.logits[0, 0, 0] for r in results[1:]] == [10, 11, 12, 13]
+    assert results[1].forward_seconds == pytest.approx(0.25 / 4)
+    assert (steps[1].n_segments, steps[1].n_tokens) == (4, 8)
+
+
+async def test_completions_go_before_prompts_before_replay(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    tasks = [
+        score(engine, [30] * 8, priority=Priority.REPLAY),
+        score(engine, [20] * 8, priority=Priority.PROMPT),
+        score(engine, [10] * 8, priority=Priority.COMPLETION),
+    ]
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert [step[0][0] for step in scorer.steps[1:]] == [10, 20, 30]
+
+
+async def test_a_long_prompt_does_not_keep_short_ones_waiting(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    tasks = [score(engine, [7] * 30), score(engine, [8] * 4)]
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await asyncio.gather(busy, *tasks)
+    steps_until_short = next(i for i, step in enumerate(scorer.steps) if [8] * 4 in step)
+    assert steps_until_short == 2
+
+
+async def test_full_queue_refuses_with_a_hint_and_recovers(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    waiting = score(engine, [2] * 39)
+    await asyncio.sleep(0.05)
+    assert engine.queue_tokens == 40
+    with pytest.raises(QueueFullError, match="40 tokens wait and 2 more") as caught:
+        await score(engine, [3, 3])
+    assert caught.value.retry_seconds > 0
+    scorer.gate.set()
+    await asyncio.gather(busy, waiting)
+    assert engine.queue_tokens == 0
+    await score(engine, [3, 3])
+
+
+async def test_cancelled_work_is_dropped_before_it_costs_a_step(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    doomed, kept = score(engine, [50]), score(engine, [51])
+    await asyncio.sleep(0.05)
+    doomed.cancel()
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await asyncio.gather(busy, kept)
+    assert not any([50] in step for step in scorer.steps)
+    assert engine.queue_tokens == 0
+
+
+async def test_passed_deadline_drops_work_and_says_how_much(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    late = score(engine, [50, 50], deadline=time.monotonic() + 0.02)
+    await asyncio.sleep(0.1)
+    scorer.gate.set()
+    await busy
+    with pytest.raises(DeadlineError, match="2 of 2 tokens"):
+        await late
+    assert not any([50, 50] in step for step in scorer.steps)
+    assert engine.queue_tokens == 0
+
+
+async def test_one_bad_sequence_does_not_take_its_neighbours_along(
+    engine: Engine, scorer: FakeScorer
+) -> None:
+    busy = await hold(engine, scorer)
+    good, bad, other = score(engine, [4]), score(engine, [POISON]), score(engine, [5])
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await busy
+    with pytest.raises(ActivationError, match="position 0"):
+        await bad
+    assert (await good).logits[0, 0, 0] == 4
+    assert (await other).logits[0, 0, 0] == 5
+    assert engine.queue_tokens == 0
+    assert engine.alive
+
+
+async def test_stopping_tells_those_who_wait(engine: Engine, scorer: FakeScorer) -> None:
+    busy = await hold(engine, scorer)
+    waiting = score(engine, [9])
+    await asyncio.sleep(0.05)
+    stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
+    await asyncio.sleep(0.05)
+    scorer.gate.set()
+    await stopping
+    await busy
+    with pytest.raises(NotReadyError):
+        await waiting
+    with pytest.raises(NotReadyError):
+        await score(engine, [9])
