@@ -1,0 +1,293 @@
+"""One server from start to stop, and the process around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import structlog
+
+from monitor import __version__
+from monitor.audit_log.record import RecordKind
+from monitor.audit_log.writer import AuditLog
+from monitor.bundle import load_bundle
+from monitor.config import ServeSettings, configure_logging, unknown_variables
+from monitor.errors import AuditError
+from monitor.metrics import Component
+from monitor.model_store import Progress
+from monitor.ops import ComponentState, ops_app
+from monitor.pipeline import Pipeline
+from monitor.rpc.serving import Serving
+from monitor.server.parts import (
+    build_pipeline,
+    in_daemon_thread,
+    load_model,
+    make_metrics,
+    open_audit_log,
+)
+from monitor.server.wires import GrpcWire, OpsWire
+
+log = structlog.get_logger(__name__)
+
+TICK_SECONDS = 0.25
+"""How often readiness is looked at and the event loop's lag is measured."""
+
+CLOCK_TICKS = 100
+"""Ticks a second in /proc (USER_HZ, fixed by the Linux ABI)."""
+
+IMPORTED = time.monotonic()
+
+LAST_WORDS_SECONDS = 1.0
+"""What RPCs get to write their last message once all work is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """What a server says when it is ready."""
+
+    listen: str
+    """The gRPC addresses, several separated by commas."""
+    ops_listen: str | None
+    bundle: str
+    """name@version."""
+    ready_seconds: float
+    """Since the server was told to start; see `run_server` for a process's own."""
+
+
+class MonitorServer:
+    """One server. `start` it, use it, `stop` it; in one event loop."""
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        bundle_folder: Path,
+        progress: Progress = lambda what, share: None,
+    ) -> None:
+        self.settings = settings
+        self._progress = progress
+        self._bundle = load_bundle(bundle_folder)
+        self.metrics = make_metrics(self._bundle)
+        self.pipeline: Pipeline | None = None
+        self._audit_log: AuditLog | None = None
+        self._serving: Serving | None = None
+        self._grpc: GrpcWire | None = None
+        self._ops: OpsWire | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+
+    async def start(self) -> Ready:
+        """Listens, then loads; answers /livez and refuses RPCs as not ready meanwhile.
+
+        Raises:
+            MonitorError: an address, the bundle, the model or the audit log cannot be had; what
+                was started by then is stopped.
+        """
+        started = time.monotonic()
+        try:
+            self._serving = Serving(self.metrics)
+            self._grpc = GrpcWire(self.settings, self._serving, self.metrics)
+            listening = await self._grpc.start()
+            ops_address = self.settings.ops_address()
+            if ops_address is not None:
+                app = ops_app(self.metrics, ready=self.components, live=self._liveness)
+                self._ops = OpsWire(ops_address, app)
+                await self._ops.start()
+            self._audit_log = open_audit_log(self.settings, self.metrics)
+            self._watchdog = asyncio.create_task(self._watch())
+            served = await in_daemon_thread(
+                lambda: load_model(self.settings, self._bundle, self._progress)
+            )
+            self.pipeline = build_pipeline(self.settings, served, self._audit_log, self.metrics)
+            await self._record(RecordKind.SERVER_START)
+            self._serving.open(self.pipeline)
+            await self._tell()
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        ready = Ready(
+            listen=",".join(str(address) for address in listening),
+            ops_listen=None if self._ops is None else str(self._ops.address),
+            bundle=self._bundle.label,
+            ready_seconds=time.monotonic() - started,
+        )
+        for address in listening:
+            if not address.is_local:
+                log.warning("listening_beyond_this_machine", listen=str(address), encrypted=False)
+        if self.settings.audit_level == "none":
+            log.warning("no_audit_log", consequence="decisions are not recorded")
+        for cluster, reason in served.uncalibrated_reasons.items():
+            log.warning("cluster_uncalibrated", cluster=cluster, reason=reason)
+        log.info("ready", **asdict(ready))
+        return ready
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Drains and stops: refuses new work, ends streams with their summary, lets requests
+        finish within the grace, flushes the audit log.
+        """
+        grace = self.settings.grace_seconds if grace_seconds is None else grace_seconds
+        deadline = time.monotonic() + grace
+        if self._serving is not None:
+            self._serving.drain()
+        if self.pipeline is not None:
+            self.pipeline.draining = True
+        if self._grpc is not None:
+            await self._grpc.drain_health()
+        while self._n_running() and time.monotonic() < deadline and not self._hurry.is_set():
+            await asyncio.sleep(0.01)
+        if self._n_running():
+            log.warning("grace_over", running=self._n_running())
+        if self._grpc is not None:
+            await self._grpc.stop(0.0 if self._n_running() else LAST_WORDS_SECONDS)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watchdog
+        if self.pipeline is not None:
+            await asyncio.to_thread(self.pipeline.engine.stop)
+            await self._record(RecordKind.SERVER_STOP)
+        if self._audit_log is not None:
+            await self._audit_log.close()
+        if self._ops is not None:
+            await self._ops.stop()
+
+    def hurry(self) -> None:
+        """Ends the grace that a running `stop` gives."""
+        self._hurry.set()
+
+    def components(self) -> list[ComponentState]:
+        """Readiness by part."""
+        loading = "" if self.pipeline is not None else "still loading"
+        engine = self.pipeline is not None and self.pipeline.engine.alive
+        audit = self._audit_log is not None and self._audit_log.healthy
+        draining = self._serving is not None and self._serving.is_draining
+        parts = {
+            Component.REGISTRY: (True, ""),
+            Component.SAE: (self.pipeline is not None, loading),
+            Component.MODEL: (engine, loading or "the engine thread is not running"),
+            Component.AUDIT: (audit, "the audit log cannot be written"),
+        }
+        for component, (ready, _) in parts.items():
+            self.metrics.component_ready(component, ready)
+        states = [
+            ComponentState(component=component, ready=ready, reason="" if ready else reason)
+            for component, (ready, reason) in parts.items()
+        ]
+        server = ComponentState(
+            component="server", ready=not draining, reason="draining" if draining else ""
+        )
+        return [*states, server]
+
+    def _liveness(self) -> list[ComponentState]:
+        # That this runs at all shows that the event loop does.
+        alive = self.pipeline is None or self.pipeline.engine.alive
+        stopping = self._serving is not None and self._serving.is_draining
+        reason = "" if alive or stopping else "the engine thread has died"
+        return [
+            ComponentState(component="event_loop", ready=True),
+            ComponentState(component="engine", ready=alive or stopping, reason=reason),
+        ]
+
+    def _n_running(self) -> int:
+        if self.pipeline is None:
+            return 0
+        return self.pipeline.n_requests + self.pipeline.n_streams
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(TICK_SECONDS)
+            self.metrics.loop_lag(max(0.0, loop.time() - before - TICK_SECONDS))
+            await self._tell()
+
+    async def _tell(self) -> None:
+        states = self.components()
+        if self._grpc is not None:
+            await self._grpc.tell_health(all(state.ready for state in states))
+
+    async def _record(self, kind: RecordKind) -> None:
+        """The server's own life in the audit log; a log that cannot be written is told, no more."""
+        if self._audit_log is None or self.pipeline is None:
+            return
+        provenance = self.pipeline.served.provenance
+        content = {
+            "bundle": provenance.bundle,
+            "bundle_digest": provenance.bundle_digest,
+            "model": provenance.model,
+            "model_digest": provenance.model_digest,
+            "server_version": __version__,
+        }
+        try:
+            await self._audit_log.append_event(kind, content)
+        except AuditError as error:
+            log.error("audit_failed", kind=kind.value, error=str(error))
+
+
+def run_server(
+    settings: ServeSettings,
+    bundle_folder: Path,
+    progress: Progress = lambda what, share: None,
+) -> None:
+    """Serves until SIGTERM or SIGINT; prints one JSON line on stdout when ready.
+
+    The first signal drains, the second ends the grace.
+
+    Raises:
+        MonitorError: it could not start.
+    """
+    configure_logging(settings.log_level, settings.log_json)
+    unknown = unknown_variables()
+    if unknown:
+        log.warning("unknown_variables", names=unknown)
+    asyncio.run(_serve(settings, bundle_folder, progress))
+
+
+async def _serve(settings: ServeSettings, bundle_folder: Path, progress: Progress) -> None:
+    told_to_stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_stop.set)
+    server = MonitorServer(settings, bundle_folder, progress)
+    starting = asyncio.create_task(server.start())
+    if not await _first(starting, told_to_stop):
+        starting.cancel()  # stops what it has started
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        return
+    line = {**asdict(starting.result()), "ready_seconds": round(_process_seconds(), 3)}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+    await told_to_stop.wait()
+    log.info("stopping", grace_seconds=settings.grace_seconds)
+    told_to_stop.clear()
+    stopping = asyncio.create_task(server.stop())
+    if not await _first(stopping, told_to_stop):
+        server.hurry()
+    await stopping
+    log.info("stopped")
+
+
+async def _first(task: asyncio.Task[object], event: asyncio.Event) -> bool:
+    """Whether the task ended before the event was set."""
+    waiting = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()
+    return task.done()
+
+
+def _process_seconds() -> float:
+    """Seconds since this process started, imports included (CPU clocks would miss the waiting)."""
+    try:
+        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return time.monotonic() - IMPORTED
+    return uptime - int(fields[19]) / CLOCK_TICKS
