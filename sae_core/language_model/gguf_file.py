@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +72,7 @@ class GGUFFile:
             self._data.close()
             raise ModelLoadError(f"{path}: damaged GGUF header ({error})") from error
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> GGUFFile:
         return self
 
     def __exit__(
@@ -117,7 +117,7 @@ class GGUFFile:
                     f"{self.path}: tensor {name} is {kind.name}, which the gguf package "
                     "cannot dequantize"
                 ) from error
-            yield first, np.asarray(rows, np.float32).reshape(stop - first, width)
+            yield first, np.require(rows, np.float32, "W").reshape(stop - first, width)
 
     def _read_header(self) -> None:
         magic, version, n_tensors, n_keys = struct.unpack_from("<4sIQQ", self._data)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -75,7 +76,13 @@ def load_language_model(
         raise HookPointError(
             f"hook point {deepest}: the model in {folder} has {n_layers_total} layers"
         )
-    module = _empty_model(config, n_layers)
+    try:
+        module = _empty_model(config, n_layers)
+    except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"{folder / 'config.json'}: no such {config.model_type} model can be built "
+            f"({_one_line(error)})"
+        ) from error
     for hook_point in wanted:
         locate(module, hook_point)
     _fill(module, folder, device=torch.device(device), dtype=dtype)
@@ -114,7 +121,7 @@ def _read_config(folder: Path) -> Any:
         raise ModelLoadError(f"{path}: found a quantized model, expected plain floating point")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
         raise ModelLoadError(f"{path}: {_one_line(error)}") from error
     _check_attention(path, config)
     return config

@@ -43,8 +43,6 @@ class Tokenizer:
     def __init__(
         self, backend: tokenizers.Tokenizer, *, bos_id: int | None, template: ChatTemplate | None
     ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
         self._backend = backend
         self._template = template
         self.bos_id = bos_id
@@ -156,6 +154,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise TokenizerError(f"{path}: not a tokenizer ({' '.join(str(error).split())})") from error
+    backend.no_truncation()
+    backend.no_padding()
     names = {
         name: token if isinstance(token, str) else (token or {}).get("content")
         for name, token in ((n, config.get(n)) for n in ("bos_token", "eos_token", "pad_token"))
