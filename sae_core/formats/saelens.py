@@ -24,6 +24,9 @@ from sae_core.sae import SAE, Architecture, SAEConfig, SAEWeights
 CFG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
 SCALER = "activation_scaler.json"
+LAYOUT_VERSION = "6.0.0"
+"""Written as `metadata.sae_lens_version`: without it SAELens 6.54 takes a folder for an old one
+and drops its metadata (loading/pretrained_sae_loaders.py, line 218)."""
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     "standard": "relu",
@@ -94,6 +97,7 @@ def save_saelens(
     """
     config = sae.config
     metadata: dict[str, Any] = dict(config.metadata)
+    metadata.setdefault("sae_lens_version", LAYOUT_VERSION)
     metadata["model_name"] = config.model_name
     metadata["hook_name"] = config.hook_point
     name = {"relu": "standard", "batchtopk": "jumprelu"}.get(config.architecture)

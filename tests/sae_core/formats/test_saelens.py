@@ -133,6 +133,7 @@ def test_metadata_survives_the_round_trip(tmp_path: Path) -> None:
     assert (again.hook_point, again.model_name) == ("blocks.8.hook_resid_post", "some/model")
     assert again.metadata["fvu"] == 0.25
     assert again.apply_b_dec_to_input is True
+    assert again.metadata["sae_lens_version"] == "6.0.0"  # or SAELens drops the rest
 
 
 def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
