@@ -228,7 +228,8 @@ class StreamScoring:
         unscored = dict(covered.unscored)
         received = max(len(self._token_ids), covered.received) + self._n_refused
         if self._n_refused:
-            unscored[UnscoredReason.INVALID] = self._n_refused
+            invalid = unscored.get(UnscoredReason.INVALID, 0)
+            unscored[UnscoredReason.INVALID] = invalid + self._n_refused
         return Coverage(received=received, scored=covered.scored, unscored=unscored)
 
     def stage_coverage(self) -> dict[Stage, StageCount]:
@@ -241,7 +242,8 @@ class StreamScoring:
         if self._n_refused:
             count = counts.setdefault(self._opened.stage, StageCount())
             count.received += self._n_refused
-            count.unscored[UnscoredReason.INVALID] = self._n_refused
+            invalid = count.unscored.get(UnscoredReason.INVALID, 0)
+            count.unscored[UnscoredReason.INVALID] = invalid + self._n_refused
         return counts
 
     def take_news(self) -> News:
