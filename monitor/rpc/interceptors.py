@@ -9,20 +9,22 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 
+from monitor.errors import InvalidRequestError
 from monitor.metrics import Metrics
 from monitor.metrics.labels import GRPC_CODES, RpcMethod
 from monitor.rpc import status
 
 log = structlog.get_logger(__name__)
 
-Wire = TypeVar("Wire")
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -74,7 +76,7 @@ class Edge(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> Any:
             with _Call(self._metrics, rpc, context) as call:
                 try:
-                    return await behaviour(request, context)
+                    return await behaviour(_readable(request), context)
                 except Exception as error:
                     await call.end(error)
 
@@ -84,7 +86,7 @@ class Edge(grpc.aio.ServerInterceptor):
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             with _Call(self._metrics, rpc, context) as call:
                 try:
-                    async for reply in behaviour(request, context):
+                    async for reply in behaviour(_readable(request), context):
                         yield reply
                 except Exception as error:
                     await call.end(error)
@@ -128,7 +130,8 @@ class _Call:
                 "rpc_failed",
                 error_id=error_id,
                 method=f"{self._rpc.service}/{self._rpc.method}",
-                exc_info=error,
+                # Rendered here: some renderers add local variables, which hold what people wrote.
+                traceback="".join(traceback.format_exception(error)),
             )
         await self._context.abort(wire.code, wire.details, wire.trailing_metadata)
 
@@ -140,14 +143,45 @@ def _status_code(code: Any) -> grpc.StatusCode:
     return next((c for c in grpc.StatusCode if c.value[0] == code), grpc.StatusCode.UNKNOWN)
 
 
+class _Unreadable:
+    """Stands for bytes that are no message: gRPC itself would answer UNKNOWN and a class name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def error(self) -> InvalidRequestError:
+        return InvalidRequestError("message", "bytes that cannot be decoded", self.name)
+
+
+def _readable(request: Any) -> Any:
+    """A request, or an iterator of them, that raises where there is an unreadable one."""
+    if isinstance(request, _Unreadable):
+        raise request.error()
+    return _readable_each(request) if hasattr(request, "__aiter__") else request
+
+
+async def _readable_each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _Unreadable):
+            raise request.error()
+        yield request
+
+
 def _counted(
-    convert: Callable[[Any], Wire] | None, count: Callable[[], None]
-) -> Callable[[Any], Wire]:
+    convert: Callable[[Any], Any] | None, count: Callable[[], None]
+) -> Callable[[Any], Any]:
     """A (de)serializer that counts: every message goes through exactly one, whatever the API."""
 
     def convert_and_count(message: Any) -> Any:
-        converted = message if convert is None else convert(message)
         count()
-        return converted
+        if convert is None:
+            return message
+        try:
+            return convert(message)
+        except DecodeError:
+            owner = getattr(convert, "__self__", None)
+            return _Unreadable(
+                getattr(getattr(owner, "DESCRIPTOR", None), "full_name", "a message")
+            )
 
     return convert_and_count
