@@ -91,3 +91,40 @@ def fetch(folder: Folder = "default", model: Model = None) -> None:
         bundle = load_bundle(bundle_folder(folder))
         found = find_model(bundle, override=model, cache=default_cache_dir(), progress=progress)
     out.print(f"{found.folder}\n{found.digest}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def build(
+    corpus: Annotated[Path, typer.Option(help="Folder of JSON lines with text and source.")],
+    train: Annotated[Path, typer.Option(help="Labelled JSON lines to fit on.")],
+    val: Annotated[Path, typer.Option(help="Labelled JSON lines to calibrate and measure on.")],
+    out_folder: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
+    work: Annotated[Path, typer.Option(help="Intermediate files; a second run goes on there.")],
+    folder: Annotated[
+        str, typer.Option("--like", help="A bundle whose model is taken, or default.")
+    ] = "default",
+    model: Model = None,
+) -> None:
+    """Trains the SAE, finds latents, fits heads, calibrates, measures, and writes a bundle."""
+    from monitor.model_store import find_model
+    from sae_core.training.build import BuildInputs, build_default
+
+    with exit_on_error(), progress_bar() as progress:
+        reference = load_bundle(bundle_folder(folder))
+        found = find_model(reference, override=model, cache=default_cache_dir(), progress=progress)
+        inputs = BuildInputs(
+            model_folder=found.folder,
+            model_id=reference.spec.model.id,
+            model_package=reference.spec.model.package,
+            corpus=corpus,
+            train=train,
+            val=val,
+            work=work,
+            out=out_folder,
+        )
+        measured = build_default(
+            inputs, lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
+        )
+        digest = seal(out_folder)
+    out.print(measured.to_markdown(), markup=False, highlight=False, soft_wrap=True)
+    out.print(digest, highlight=False)
