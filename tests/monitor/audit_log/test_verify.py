@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import sqlite3
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -189,6 +190,15 @@ def test_a_copied_file_verifies_elsewhere(written_log: str, tmp_path: Path) -> N
     target.parent.mkdir()
     shutil.copyfile(database_path(written_log), target)
     assert verify(f"sqlite:///{target}").records == 10
+
+
+def test_a_log_on_a_read_only_medium_verifies(written_log: str, small_disk: Path) -> None:
+    target = small_disk / "audit.db"
+    shutil.copyfile(database_path(written_log), target)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert verify(f"sqlite:///{target}").records == 10
+    with pytest.raises(AuditError, match="[Rr]ead-only"):
+        AuditStore(f"sqlite:///{target}", "main")
 
 
 def test_a_log_is_verified_while_it_is_written(url: str) -> None:
