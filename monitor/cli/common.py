@@ -71,4 +71,5 @@ def progress_bar() -> Iterator[ProgressCall]:
     try:
         yield show
     finally:
-        bar.stop()
+        if task:  # one that never started would still write an empty line
+            bar.stop()
