@@ -26,8 +26,8 @@ format: $(VENV)/.dev
 
 # The committed stubs; tests/monitor/test_protos.py fails when they are stale.
 protos: $(VENV)/.dev
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. \
-	  --grpc_python_out=. --mypy_grpc_out=quiet:. $(PROTO)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -I. --python_out=. \
+	  --mypy_out=quiet:. --grpc_python_out=. --mypy_grpc_out=quiet:. $(PROTO)
 
 # Prometheus, Alertmanager and buf for the tests that run them for real.
 tools:
