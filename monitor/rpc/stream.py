@@ -44,8 +44,8 @@ class Exchange:
         """Until the summary has been written; raises what either direction raises."""
         opened = pb.StreamOpened(session_id=self._session.session_id)
         await context.write(pb.ScoreStreamResponse(opened=opened))
-        reading = asyncio.create_task(self._read(incoming))
         writing = asyncio.create_task(self._write(context))
+        reading = asyncio.create_task(self._read(incoming, writing))
         try:
             decision, _ = await asyncio.gather(reading, writing)
         finally:
@@ -53,16 +53,22 @@ class Exchange:
         summary = decisions.decision_to_wire(decision)
         await context.write(pb.ScoreStreamResponse(summary=summary))
 
-    async def _read(self, incoming: AsyncIterator[pb.ScoreStreamRequest]) -> Decision:
-        """Feeds the session until the caller closes its side or the server drains."""
+    async def _read(
+        self, incoming: AsyncIterator[pb.ScoreStreamRequest], writing: asyncio.Task[None]
+    ) -> Decision:
+        """Feeds the session until the caller closes its side, the server drains, or scoring fails.
+
+        Updates that end first mean that scoring has failed: `finish` then raises why, and a caller
+        that only waits for replies hears of it.
+        """
         feeding = asyncio.create_task(self._feed(incoming))
         draining = asyncio.create_task(self._serving.drained())
         try:
-            await asyncio.wait({feeding, draining}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({feeding, draining, writing}, return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
                 feeding.result()
             else:
-                self.was_drained = True
+                self.was_drained = not writing.done()
         finally:
             await _cancelled(feeding, draining)
         return await self._session.finish()

@@ -28,7 +28,7 @@ from monitor.errors import (
     PayloadTooLargeError,
     QueueFullError,
 )
-from monitor.records import UnscoredReason, Verdict
+from monitor.records import Stage, UnscoredReason, Verdict
 from protos.saemonitor.v1 import monitor_pb2 as pb
 from protos.saemonitor.v1 import monitor_pb2_grpc as pb_grpc
 
@@ -349,13 +349,19 @@ def test_activations_that_are_no_numbers_are_refused_by_position(
     with serve(bundle, model=model) as server, server.client() as client:
         with pytest.raises(ActivationError, match="position"):
             client.score(text="please bake bread")
-        unscored = server.value(
-            "saemonitor_tokens_unscored_total",
-            model=client.info().provenance.model,
-            stage="prompt",
-            reason="error",
-        )
-        assert unscored > 0
+        with client.stream() as stream:
+            stream.send(text="please bake bread")
+            stream.flush()
+            with pytest.raises(ActivationError, match="position"):
+                next(iter(stream))
+        for stage in Stage:
+            unscored = server.value(
+                "saemonitor_tokens_unscored_total",
+                model=client.info().provenance.model,
+                stage=stage,
+                reason="error",
+            )
+            assert unscored > 0, stage
         assert client.info().ready
 
 

@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from monitor.client import MonitorClient
-from monitor.errors import NotReadyError
+from monitor.errors import NotFoundError, NotReadyError
 from monitor.server import process
 
 SERVICES = (
@@ -50,6 +50,12 @@ def eventually(claim: Callable[[], bool]) -> bool:
 
 def test_the_server_and_every_service_serve(client: MonitorClient, shared_server: Any) -> None:
     assert [client.health(service) for service in SERVICES] == [True] * len(SERVICES)
+    with pytest.raises(NotFoundError):
+        client.health("no.such.Service")
+    check = {"grpc_type": "unary", "grpc_service": "grpc.health.v1.Health", "grpc_method": "Check"}
+    handled = "grpc_server_handled_total"
+    assert shared_server.value(handled, **check, grpc_code="OK") >= len(SERVICES)
+    assert shared_server.value(handled, **check, grpc_code="NotFound") >= 1
     assert get(shared_server, "/livez")[0] == 200
     code, answer = get(shared_server, "/readyz")
     assert code == 200
