@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.tokenizer import load_tokenizer
+from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
 
 HOOK_POINTS = (HookPoint(3, "resid_mid"), HookPoint(8, "resid_post"))
-TOLERANCE = 1e-4
-"""Relative to each token's largest value. float32 rounding over nine layers gives about 1e-5; the
-first token's residual stream is some hundred times the others', so each is measured by itself."""
+TOLERANCE = 3e-5
+"""Relative to each token's largest value, as the first token's are some hundred times the others'.
+float32 rounding over nine layers, in another order of summation, gave up to 8e-6."""
 
 TEXTS = (
     "The history of the lighthouse begins with a fire on a hill. " * 60,  # beyond the 512 window
@@ -33,8 +33,12 @@ def model(gemma_folder: Path) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def texts(gemma_folder: Path) -> list[list[int]]:
-    tokenizer = load_tokenizer(gemma_folder)
+def tokenizer(gemma_folder: Path) -> Tokenizer:
+    return load_tokenizer(gemma_folder)
+
+
+@pytest.fixture(scope="module")
+def texts(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text) for text in TEXTS]
 
 
@@ -100,13 +104,13 @@ def test_streamed_chunks_equal_the_plain_model(
                 assert_same(part, expected[i][hook_point][start : start + len(part)])
 
 
-def test_encoding_equals_transformers(gemma_folder: Path, texts: list[list[int]]) -> None:
-    reference = AutoTokenizer.from_pretrained(gemma_folder)
-    for text, ids in zip(TEXTS, texts, strict=True):
-        assert ids == reference(text).input_ids
+def test_control_tokens_and_words_have_gemmas_ids(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("Hello world") == [2, 9259, 1902]
+    assert tokenizer.encode("<start_of_turn>model\n", add_bos=False) == [105, 4368, 107]
+    assert {0, 1, 2, 105, 106} <= tokenizer.special_ids
+    assert tokenizer.vocab_size == 262_144
 
 
-def test_token_texts_join_to_the_text(gemma_folder: Path) -> None:
-    tokenizer = load_tokenizer(gemma_folder)
+def test_token_texts_join_to_the_text(tokenizer: Tokenizer) -> None:
     text = "Hello <start_of_turn>model\n  ünï 👩‍🚀 \t 𒀀"
     assert "".join(tokenizer.token_texts(tokenizer.encode(text))) == "<bos>" + text
