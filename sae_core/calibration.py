@@ -90,7 +90,7 @@ def zone_thresholds(
     ordered = np.sort(scores, axis=0)[::-1]
     raised: ndarray = np.zeros(n, np.bool_)
     for tail in range(1, n):  # each cluster may raise its `tail` largest benign scores
-        more: ndarray = (scores >= _just_above(ordered[tail])).any(axis=1)
+        more = np.any(scores >= _just_above(ordered[tail]), axis=1)
         if int(more.sum()) > allowed:
             break
         raised = more

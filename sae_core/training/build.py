@@ -56,7 +56,6 @@ from sae_core.training.probes import CANARIES, PROBES, canary_rows, fidelity_row
 from sae_core.training.recipe import (
     CORPUS_KEEP,
     CORPUS_KEEP_OTHERS,
-    HOOK_POINT,
     PLANS,
     SAE_CONFIG,
 )
@@ -89,6 +88,8 @@ class BuildInputs:
     """Intermediate files; may be deleted afterwards."""
     out: Path
     """The bundle folder."""
+    name: str = "gemma3-270m-default"
+    version: int = 1
     sae_config: SAETrainConfig = SAE_CONFIG
     head_config: HeadConfig = HeadConfig(window=WINDOW)
     plans: tuple[ClusterPlan, ...] = PLANS
@@ -135,7 +136,7 @@ def build_residuals(
 
     Otherwise matrix products run in bfloat16 and texts are cut at 256 tokens: for fitting.
     """
-    hook_point = parse_hook_point(HOOK_POINT)
+    hook_point = parse_hook_point(inputs.sae_config.hook_point)
     model = load_language_model(inputs.model_folder, [hook_point])
     precision = "float32" if exact else "mixed"
     return cached_residuals(
@@ -143,7 +144,7 @@ def build_residuals(
         load_tokenizer(inputs.model_folder),
         language_model_forward(model, hook_point, mixed_precision=not exact),
         inputs.work / f"resid_{name}",
-        identity=f"{inputs.model_id} {HOOK_POINT} {precision}",
+        identity=f"{inputs.model_id} {hook_point} {precision}",
         max_tokens=100_000 if exact else 256,
         progress=lambda done, total: say(f"residuals of {name}: {done} of {total} tokens"),
     )
@@ -206,7 +207,9 @@ def unseen_source_figures(
     logits = np.stack([fused, dense, sae], axis=-1).astype(np.float32)
     specs = [AggregateSpec(window=window, min_evidence_tokens=0)] * len(plans)
     scores = text_scores(logits, starts, specs)
-    flat = {name: (np.zeros(len(plans)), np.ones(len(plans))) for name in SOURCES}
+    flat: dict[str, tuple[ndarray, ndarray]] = {
+        name: (np.zeros(len(plans)), np.ones(len(plans))) for name in SOURCES
+    }
     found = evaluate(
         "train, heads fitted on other data sets",
         "",
@@ -263,7 +266,7 @@ def _cluster_json(
     }
 
 
-def cluster_heads(content: dict[str, Any]) -> ClusterHeads:
+def cluster_heads(content: dict[str, Any], hook_point: str) -> ClusterHeads:
     """The heads of stage 3, as they will be served."""
     clusters = [
         Cluster(
@@ -281,7 +284,7 @@ def cluster_heads(content: dict[str, Any]) -> ClusterHeads:
             transform="clip",
             dense_weight=np.array(c["dense_weight"], np.float32),
             dense_bias=float(np.float32(c["dense_bias"])),
-            dense_hook_point=HOOK_POINT,
+            dense_hook_point=hook_point,
             fusion_sae=c["fusion"]["sae"],
             fusion_dense=c["fusion"]["dense"],
             fusion_bias=c["fusion"]["bias"],
@@ -294,10 +297,10 @@ def cluster_heads(content: dict[str, Any]) -> ClusterHeads:
 def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluation:
     """Stage 4: thresholds from the benign rows of `val`, figures on all of it, the folder."""
     content = build_heads(inputs, say)
-    sae, heads = load_sae(inputs.work / "sae"), cluster_heads(content)
+    sae, heads = load_sae(inputs.work / "sae"), cluster_heads(content, inputs.sae_config.hook_point)
     rows = read_labelled(inputs.val)
     texts = build_residuals(inputs, rows, "val", exact=True, say=say)
-    logits = token_logits(texts, SAE_ID, sae, HOOK_POINT, heads)
+    logits = token_logits(texts, SAE_ID, sae, inputs.sae_config.hook_point, heads)
     benign = np.array([not row.is_harmful for row in rows])
     specs = evidence_specs(logits, texts, benign, inputs.head_config.window)
     scores = text_scores(logits, texts.starts, specs)
@@ -312,7 +315,7 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
         "tokenizer_digest": tokenizer.fingerprint,
         "sae_digest": _file_digest(inputs.work / "sae" / "sae_weights.safetensors"),
         "heads_digest": hashlib.sha256(json.dumps(content["clusters"]).encode()).hexdigest(),
-        "hook_point": HOOK_POINT,
+        "hook_point": inputs.sae_config.hook_point,
         "dtype": "float32",
         "backend": "torch-cpu",
         "aggregator": "max_rolling_mean",
@@ -345,15 +348,15 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
     write_bundle(
         inputs.out,
         BundleParts(
-            name="gemma3-270m-default",
-            version=1,
+            name=inputs.name,
+            version=inputs.version,
             model_id=inputs.model_id,
             model_package=inputs.model_package,
             model_digest=str(facts["model_digest"]),
             tokenizer_digest=tokenizer.fingerprint,
             sae_id=SAE_ID,
             sae_folder=inputs.work / "sae",
-            hook_point=HOOK_POINT,
+            hook_point=inputs.sae_config.hook_point,
             heads=content,
             specs=tuple(specs),
             artefact=artefact,
@@ -380,7 +383,7 @@ def _canaries(
     say: Say,
 ) -> list[dict[str, Any]]:
     texts = _own_texts(inputs, "canaries", CANARIES, say)
-    logits = token_logits(texts, SAE_ID, sae, HOOK_POINT, heads)
+    logits = token_logits(texts, SAE_ID, sae, inputs.sae_config.hook_point, heads)
     return canary_rows(
         [cluster.id for cluster in heads.clusters],
         CANARIES,

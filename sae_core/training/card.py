@@ -30,7 +30,7 @@ def bundle_card(
     return f"""\
 # {name}
 
-Ten risk clusters on the residual stream of Gemma 3 270M (base model, de-quantised from Q4_K_M) at
+{len(artefact["clusters"])} risk clusters on the residual stream of {artefact["model"]} at
 {artefact["hook_point"]}, each with a sparse set of SAE latents, a dense head, and their fusion.
 
 ## The SAE
@@ -42,13 +42,16 @@ with BOS, BOS itself left out.
 On {held_out["n_tokens"]:,} held-out tokens of the plain corpus, float32: FVU {held_out["fvu"]:.4f}
 (median over dimensions {held_out["fvu_median_dimension"]:.3f}: one dimension holds more than half
 of the variance and is easy, so the median is the more telling number), L0 {held_out["l0"]:.1f},
-latents that never fired {held_out["dead_share"]:.2%}. Latents by firing rate: {histogram}.
+latents that never fired {held_out["dead_share"]:.2%} (on the last
+{training["dead_after_tokens"]:,} tokens of training {training["dead_share"]:.2%}).
+
+Latents by firing rate: {histogram}.
 
 ## Thresholds
 - {claims["flag"]["claim"]}
 - {claims["alert"]["claim"]}
 
-From the benign rows of the validation data, all ten clusters together. Benign traffic of another
+From the benign rows of the validation data, all clusters together. Benign traffic of another
 kind can and will be raised more often: recalibrate on your own.
 
 ## Figures

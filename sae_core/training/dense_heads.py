@@ -38,7 +38,7 @@ class HeadConfig:
     """Tokens in the rolling mean of the deployed aggregate."""
     n_folds: int = 4
     """Folds over data sets."""
-    l2_grid: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
+    l2_grid: tuple[float, ...] = (1e-2, 5e-2)
     """Weight penalties tried for the dense heads."""
     n_candidates: int = 160
     """Latents by contrast that a cluster's SAE head may choose from."""
@@ -50,7 +50,7 @@ class HeadConfig:
     sae_l1: float = 2e-4
     other_harm_weight: float = 0.05
     """Weight, against a benign text's 1, of a harmful text of another risk as a negative."""
-    n_steps: int = 160
+    n_steps: int = 120
 
 
 class Windows(NamedTuple):
@@ -217,8 +217,9 @@ def fit_sae_heads(
     """For each cluster: candidates by contrast, non-negative weights, the strongest, refitted."""
     benign = np.array([not row.is_harmful for row in rows])
     hard = np.array([row.category == "benign_hard" for row in rows])
-    ranks = benign_ranks(acts.mean, benign)
-    hard_ranks = benign_ranks(acts.mean, hard) if hard.any() else ranks
+    least = max(3, len(rows) // 500)
+    ranks = benign_ranks(acts.mean, benign, min_texts=least)
+    hard_ranks = benign_ranks(acts.mean, hard, min_texts=least) if hard.any() else ranks
     heads = []
     for column, plan in enumerate(plans):
         evidence = rank_latents(

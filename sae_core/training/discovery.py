@@ -79,15 +79,19 @@ def text_acts(sae: SAE, texts: ResidualSet) -> TextActs:
 
 
 def benign_ranks(
-    values: Float32[ndarray, "n_texts n"], is_benign: Bool[ndarray, " n_texts"]
+    values: Float32[ndarray, "n_texts n"],
+    is_benign: Bool[ndarray, " n_texts"],
+    *,
+    min_texts: int = 1,
 ) -> Float32[ndarray, "n_texts n"]:
     """For each text and column the share of benign texts below it, ties counted half.
 
-    The mean over a set of texts is that set's AUROC against the benign texts.
+    The mean over a set of texts is that set's AUROC against the benign texts. Columns that are
+    not zero in fewer than `min_texts` texts tell nothing and get one half everywhere.
     """
-    ranks = np.empty(values.shape, np.float32)
+    ranks = np.full(values.shape, 0.5, np.float32)
     n_benign = int(is_benign.sum())
-    for column in range(values.shape[1]):
+    for column in np.flatnonzero(np.count_nonzero(values, axis=0) >= min_texts):
         ordered = np.sort(values[is_benign, column])
         below = np.searchsorted(ordered, values[:, column], side="left")
         upto = np.searchsorted(ordered, values[:, column], side="right")
@@ -174,6 +178,8 @@ def latent_labels(
         needed = min_count if counts.max(initial=0) >= min_count else 1
         score = np.where(counts >= needed, sums / np.sqrt(np.maximum(counts, 1)), 0.0)
         best = [i for i in np.argsort(-score, kind="stable")[: 4 * n_tokens] if score[i] > 0]
-        names = [words[i] for i in best if words[i] and words[i].isprintable()][:n_tokens]
+        printable = [words[i] for i in best if words[i] and words[i].isprintable()]
+        spoken = [word for word in printable if sum(c.isalnum() for c in word) > 1]
+        names = (spoken or printable)[:n_tokens]
         labels.append("tokens: " + ", ".join(names) if names else "tokens: (no single token)")
     return tuple(labels)

@@ -38,7 +38,7 @@ def fit_pooled_heads(
     mask: Float32[ndarray, "n_features n_heads"] | None = None,
     n_steps: int = 150,
     learning_rate: float = 0.02,
-    soft_steps: int = 50,
+    soft_steps: int = 40,
 ) -> LinearHeads:
     """Logistic regression on each text's largest logit over its feature rows.
 

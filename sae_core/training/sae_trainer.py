@@ -63,6 +63,8 @@ class TrainedSAE(NamedTuple):
     n_contexts: int
     seconds: float
     data_digest: str
+    dead_share: float
+    """Share of latents that did not fire on the last `dead_after_tokens` tokens of training."""
 
 
 def train_sae_on(
@@ -145,6 +147,7 @@ def train_sae_on(
         n_contexts=buffer.n_contexts,
         seconds=seconds,
         data_digest=digest.hexdigest(),
+        dead_share=float((trainer.tokens_since_fired >= config.dead_after_tokens).double().mean()),
     )
 
 
@@ -290,6 +293,7 @@ def write_trained(
             "contexts_seen": trained.n_contexts,
             "seconds": round(trained.seconds, 1),
             "data_digest": trained.data_digest,
+            "dead_share": trained.dead_share,
         },
         "held_out": report.to_json(),
     }

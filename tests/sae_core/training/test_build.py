@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from sae_core.evaluation.detection import Evaluation
+from sae_core.formats import load_sae
+from sae_core.testing.models import tiny_model_folder
+from sae_core.training.batch_topk import SAETrainConfig
+from sae_core.training.build import BuildInputs, build_default
+from sae_core.training.dense_heads import HeadConfig
+from sae_core.training.discovery import BROAD, ClusterPlan
+
+HOOK_POINT = "blocks.1.hook_resid_post"
+PLANS = (
+    ClusterPlan(id="any", title="Any harm", severity="warning", categories=(BROAD,)),
+    ClusterPlan(id="danger", title="Danger", severity="critical", categories=("danger",)),
+)
+
+USUAL = ("the", "model", "reads", "a", "prompt", "and", "bakes", "bread", "with", "flour", "salt")
+
+
+def _write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def _labelled(n: int, seed: int) -> list[dict[str, str]]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(n):
+        words = rng.choice(USUAL, 14).tolist()
+        is_harmful = index % 2 == 0
+        if is_harmful:
+            words[3:9] = ["danger", "attack", "danger", "poison", "danger", "weapon"]
+        rows.append(
+            {
+                "text": " ".join(words),
+                "label": "harmful" if is_harmful else "benign",
+                "category": "danger" if is_harmful else "benign_hard",
+                "source": f"set{index // 2 % 4}",
+            }
+        )
+    return rows
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildInputs, Evaluation]:
+    root = tmp_path_factory.mktemp("build")
+    corpus = [{"text": row["text"] * 4, "source": "c"} for row in _labelled(900, 5)]
+    _write(root / "corpus" / "part.jsonl", corpus)
+    inputs = BuildInputs(
+        model_folder=tiny_model_folder(root / "model", "gemma3"),
+        model_id="tiny/gemma3",
+        model_package=None,
+        corpus=root / "corpus",
+        train=_write(root / "train.jsonl", _labelled(160, 1)),
+        val=_write(root / "val.jsonl", _labelled(640, 2)),
+        work=root / "work",
+        out=root / "bundle",
+        name="tiny",
+        sae_config=SAETrainConfig(
+            hook_point=HOOK_POINT,
+            n_latents=64,
+            k=8,
+            total_tokens=4096,
+            batch_tokens=256,
+            buffer_tokens=1024,
+            forward_tokens=512,
+            context_tokens=32,
+            aux_k=16,
+        ),
+        head_config=HeadConfig(n_folds=2, n_candidates=12, n_latents=4, n_steps=60),
+        plans=PLANS,
+    )
+    return inputs, build_default(inputs)
+
+
+def test_bundle_has_every_file(built: tuple[BuildInputs, Evaluation]) -> None:
+    out = built[0].out
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert names == {
+        "bundle.yaml",
+        "heads.safetensors",
+        "saes/l9/cfg.json",
+        "saes/l9/sae_weights.safetensors",
+        "calibration/default.json",
+        "fidelity.jsonl",
+        "canaries.jsonl",
+        "evaluation.json",
+        "CARD.md",
+    }
+
+
+def test_parts_fit_each_other(built: tuple[BuildInputs, Evaluation]) -> None:
+    out = built[0].out
+    spec = yaml.safe_load((out / "bundle.yaml").read_text())
+    artefact = json.loads((out / "calibration" / "default.json").read_text())
+    heads = load_file(out / "heads.safetensors")
+    sae = load_sae(out / spec["saes"]["l9"]["path"])
+    assert sae.config.hook_point == spec["saes"]["l9"]["hook_point"] == HOOK_POINT
+    assert artefact["calibrated"] is True
+    for cluster in spec["clusters"]:
+        entry = artefact["clusters"][cluster["id"]]
+        assert cluster["thresholds"] == entry["thresholds"]
+        assert cluster["solo"] == entry["solo"]
+        assert cluster["thresholds"]["flag"] > cluster["aggregate"]["evidence_floor"]
+        assert heads[f"dense/{cluster['id']}/weight"].shape == (32,)
+        assert cluster["latents"]
+        assert all(0 <= t["id"] < 64 and t["weight"] > 0 for t in cluster["latents"])
+    assert "Gemma Terms" in (out / "CARD.md").read_text()
+
+
+def test_figures_show_the_planted_risk(built: tuple[BuildInputs, Evaluation]) -> None:
+    _, figures = built
+    assert figures.clusters["danger"][0].auroc.value > 0.95
+    assert figures.benign_raised["alert"] <= 0.01
+
+
+def test_second_build_reuses_every_stage(built: tuple[BuildInputs, Evaluation]) -> None:
+    inputs, first = built
+    before = (inputs.out / "bundle.yaml").read_bytes()
+    stages = {path: path.stat().st_mtime_ns for path in inputs.work.rglob("*") if path.is_file()}
+    assert build_default(inputs) == first
+    assert (inputs.out / "bundle.yaml").read_bytes() == before
+    assert {path: path.stat().st_mtime_ns for path in stages} == stages
