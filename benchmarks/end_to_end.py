@@ -42,7 +42,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    served = load_local(bundle_folder(options.bundle), model=options.model, cache=default_cache_dir())
+    served = load_local(
+        bundle_folder(options.bundle), model=options.model, cache=default_cache_dir()
+    )
     texts = make_texts(served, options.texts)
     n_tokens = sum(map(len, texts))
     print(f"{platform.processor() or platform.machine()}, {options.threads} threads, ", end="")
