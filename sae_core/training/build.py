@@ -26,7 +26,7 @@ from sae_core.aggregation import AggregateSpec
 from sae_core.calibration import Source, SourceCalibration, calibrate_source, calibration_artefact
 from sae_core.evaluation.baselines import keyword_scores, length_scores, tfidf_scores
 from sae_core.evaluation.data import LabelledText, data_digest, read_labelled
-from sae_core.evaluation.detection import Evaluation, evaluate
+from sae_core.evaluation.detection import Evaluation, detect, evaluate
 from sae_core.formats import load_sae
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import parse_hook_point
@@ -174,6 +174,7 @@ def build_heads(inputs: BuildInputs, say: Say = lambda line: None) -> dict[str, 
     )
     fusion = fit_fusion(plans, rows, pairs, texts.starts, config)
     unseen = unseen_source_figures(plans, rows, pairs, texts.starts, fusion, config.window)
+    unseen_tfidf = unseen_tfidf_figure(rows, folds)
     say("heads on all data sets")
     heads = fit_heads(plans, rows, texts, windows, acts, sae, l2, config)
     labels = _labels(heads, sae, texts, load_tokenizer(inputs.model_folder))
@@ -182,6 +183,7 @@ def build_heads(inputs: BuildInputs, say: Say = lambda line: None) -> dict[str, 
         "l2": l2,
         "l2_results": l2_results,
         "unseen_sources": unseen,
+        "unseen_sources_tfidf": unseen_tfidf,
         "clusters": [
             _cluster_json(plan, column, heads, fusion, labels) for column, plan in enumerate(plans)
         ],
@@ -225,6 +227,18 @@ def unseen_source_figures(
         cluster: {d.score: [round(x, 4) for x in d.auroc] for d in detections}
         for cluster, detections in found.clusters.items()
     }
+
+
+def unseen_tfidf_figure(rows: Sequence[LabelledText], folds: ndarray) -> list[float]:
+    """AUROC, with its interval, of TF-IDF with logistic regression on the same folds."""
+    scores = np.empty(len(rows))
+    for fold in np.unique(folds):
+        train = [row for row, f in zip(rows, folds, strict=True) if f != fold]
+        held = np.flatnonzero(folds == fold)
+        scores[held] = tfidf_scores(train, [rows[int(i)].text for i in held])
+    harmful = np.array([row.is_harmful for row in rows])
+    found = detect("TF-IDF", scores[harmful], scores[~harmful], n_resamples=50)
+    return [round(x, 4) for x in found.auroc]
 
 
 def _labels(

@@ -66,6 +66,7 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
         {
             **_rounded(parts.figures.to_json()),
             "unseen_sources_auroc": parts.heads["unseen_sources"],
+            "unseen_sources_tfidf_auroc": parts.heads["unseen_sources_tfidf"],
             "latents": {
                 c["id"]: [{"id": t["id"], **t["evidence"]} for t in c["latents"]]
                 for c in parts.heads["clusters"]
@@ -76,9 +77,23 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
     (folder / "bundle.yaml").write_text(text, encoding="utf-8")
     write_json_lines(folder / "fidelity.jsonl", parts.fidelity)
     write_json_lines(folder / "canaries.jsonl", parts.canaries)
-    tables = parts.figures.to_markdown() + "\n" + unseen_table(parts.heads["unseen_sources"])
+    tables = (
+        parts.figures.to_markdown()
+        + "\n"
+        + unseen_table(parts.heads["unseen_sources"], parts.heads["unseen_sources_tfidf"])
+    )
     sae_cfg = json.loads((parts.sae_folder / "cfg.json").read_text(encoding="utf-8"))
-    card = bundle_card(parts.name, parts.artefact, sae_cfg, tables)
+    card = bundle_card(
+        parts.name,
+        parts.artefact,
+        sae_cfg,
+        parts.figures,
+        (
+            next(iter(parts.heads["unseen_sources"].values()))["fused"][0],
+            parts.heads["unseen_sources_tfidf"][0],
+        ),
+        tables,
+    )
     (folder / "CARD.md").write_text(card, encoding="utf-8")
 
 
@@ -134,7 +149,7 @@ def _cluster_content(
     }
 
 
-def unseen_table(figures: dict[str, Any]) -> str:
+def unseen_table(figures: dict[str, Any], tfidf: Sequence[float]) -> str:
     """AUROC on data sets that the heads were not fitted on, as Markdown."""
     names = list(next(iter(figures.values()), {}))
     lines = [
@@ -146,6 +161,7 @@ def unseen_table(figures: dict[str, Any]) -> str:
     ]
     for cluster, by_name in figures.items():
         lines.append(f"| {cluster} | " + " | ".join(f"{by_name[n][0]:.3f}" for n in names) + " |")
+    lines += ["", f"TF-IDF + logistic regression, all harmful rows, same folds: {tfidf[0]:.3f}."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sae_core.evaluation.detection import Evaluation
+
 _DATA_LICENCES = """\
 The labelled rows come from published data sets: AdvBench, CategoricalQA, HarmfulQA and DangerousQA
 (red-instruct), CoCoNot, CyberSecEval (PurpleLlama), GPTFuzz, HateCheck, jailbreak_llms through
@@ -15,14 +17,24 @@ the licences of each. No text of any of them is in this folder; labels of latent
 tokens.
 
 The language model is not in this folder. Gemma is provided under and subject to the Gemma Terms
-of Use (ai.google.dev/gemma/terms), whose use restrictions apply to weights derived from its
-activations as well; read them before you redistribute."""
+of Use (ai.google.dev/gemma/terms). SAE and heads were trained on its activations: read the terms
+before you redistribute either."""
 
 
 def bundle_card(
-    name: str, artefact: dict[str, Any], sae_cfg: dict[str, Any], figures_markdown: str
+    name: str,
+    artefact: dict[str, Any],
+    sae_cfg: dict[str, Any],
+    figures: Evaluation,
+    unseen: tuple[float, float],
+    figures_markdown: str,
 ) -> str:
-    """CARD.md, with the numbers of this build."""
+    """CARD.md, with the numbers of this build.
+
+    `unseen` is AUROC on unseen data sets, all harmful rows: the broad cluster's, TF-IDF's.
+    """
+    overall = {d.score: d.auroc.value for d in figures.overall}
+    tfidf = next(value for score, value in overall.items() if score.startswith("TF-IDF"))
     training = sae_cfg["metadata"]["training"]
     held_out = sae_cfg["metadata"]["held_out"]
     histogram = ", ".join(f"{k}: {v}" for k, v in held_out["firing_rate_histogram"].items())
@@ -45,7 +57,7 @@ of the variance and is easy, so the median is the more telling number), L0 {held
 latents that never fired {held_out["dead_share"]:.2%} (on the last
 {training["dead_after_tokens"]:,} tokens of training {training["dead_share"]:.2%}).
 
-Latents by firing rate: {histogram}.
+Latents by firing rate on those tokens: {histogram}.
 
 ## Thresholds
 - {claims["flag"]["claim"]}
@@ -57,6 +69,10 @@ kind can and will be raised more often: recalibrate on your own.
 ## Figures
 {figures_markdown}
 ## Where it is weak
+- Over all harmful rows together it must be compared with TF-IDF and logistic regression on the same
+  rows: AUROC {overall["fused"]:.3f} against {tfidf:.3f} on validation rows of known data sets, and
+  {unseen[0]:.3f} (the first cluster alone) against {unseen[1]:.3f} on unseen data sets.
+  The clusters of one risk are much better than the one for any harm.
 - The model is small and a base model; it knows topics better than intentions. Text that only looks
   dangerous (security work, medicine, news, fiction) is the main source of false alarms, and
   paraphrase, obfuscation, other languages and encodings the main source of misses. None of these
