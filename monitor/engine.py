@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ class Engine:
         self._on_step = on_step
         self._queues: dict[Priority, deque[_Work]] = {p: deque() for p in Priority}
         self._wake = threading.Condition()
+        self._open: weakref.WeakSet[KVStream] = weakref.WeakSet()
         self._queue_tokens = 0
         self._tokens_per_second = 1000.0
         self._stopping = False
@@ -169,7 +171,14 @@ class Engine:
 
     def open_stream(self) -> KVStream:
         """A new empty sequence; its keys and values are freed with the object."""
-        return self.scorer.open_stream()
+        stream = self.scorer.open_stream()
+        self._open.add(stream)
+        return stream
+
+    def cache(self) -> tuple[int, int]:
+        """Sequences that are open, and the bytes of their keys and values."""
+        streams = list(self._open)
+        return len(streams), sum(stream.cache_bytes for stream in streams)
 
     async def score(
         self,

@@ -193,14 +193,22 @@ class Pipeline:
         Raises:
             MonitorError: unknown policy or model, not ready, too many streams, bad context.
         """
-        self._admit(opened.model)
+        try:
+            self._admit(opened.model)
+            policy = self._policy(opened.policy)
+        except NotReadyError:
+            self.metrics.rejected(self._why_not_ready())
+            raise
+        except RequestError:
+            self.metrics.rejected(Rejection.INVALID)
+            raise
         if self.n_streams >= self.limits.max_streams:
             self.metrics.rejected(Rejection.CONCURRENCY)
             raise QueueFullError(
                 f"streams: {self.n_streams} are open, expected at most {self.limits.max_streams}",
                 retry_seconds=1.0,
             )
-        return StreamSession(self, opened, self._policy(opened.policy))
+        return StreamSession(self, opened, policy)
 
     def reader(self) -> InputReader:
         """How requests become tokens under the served bundle."""
@@ -398,6 +406,7 @@ class StreamSession:
             evidence=self._run.evidence,
             gap_seconds=policy.model.deadline_ms / 1000,
             on_progress=self._on_progress,
+            on_crossings=self._on_crossings,
         )
 
     @property
@@ -451,20 +460,23 @@ class StreamSession:
         """
         async for news in self._scoring.news(self._pipeline.stream_interval_seconds):
             for gap in news.gaps:
-                yield await self._update(News(), gap)
-            if news.start_index is not None or news.crossings or news.flushed:
-                yield await self._update(news)
+                yield self._update(News(), gap)
+            if news.start_index is not None or news.alerts or news.flushed:
+                yield self._update(news)
 
     async def finish(self) -> Decision:
         """Ends the input, waits for the last score, records and returns the decision."""
         await self._scoring.drain()
         self._finished = True
+        # A caller that leaves now must not take the record along.
+        return await asyncio.shield(asyncio.create_task(self._conclude()))
+
+    async def _conclude(self) -> Decision:
         decision = await self._decide()
         self._count(_outcome(decision))
         return decision
 
     async def _decide(self) -> Decision:
-        self._run.take(self._scoring.take_news().crossings)
         return await self._run.decide(
             timings=self._scoring.timings,
             started=self._started,
@@ -474,12 +486,11 @@ class StreamSession:
             session_id=self.session_id,
         )
 
-    async def _update(self, news: News, gap: Gap | None = None) -> StreamUpdate:
-        judgement, crossings = self._run.evidence.judge()
-        alerts = self._run.take([*news.crossings, *crossings])
+    def _update(self, news: News, gap: Gap | None = None) -> StreamUpdate:
+        judgement, _ = self._run.evidence.judge()
         stop = self._run.evidence.n_tokens
         start = stop if news.start_index is None else news.start_index
-        update = StreamUpdate(
+        return StreamUpdate(
             decision_id=self.decision_id,
             session_id=self.session_id,
             start_index=start,
@@ -487,24 +498,27 @@ class StreamSession:
             verdict=judgement.verdict,
             action=judgement.action,
             overall=judgement.overall,
-            clusters=self._run.evidence.results(attribution=[a.cluster for a in alerts]),
-            new_alerts=alerts,
+            clusters=self._run.evidence.results(attribution=[a.cluster for a in news.alerts]),
+            new_alerts=tuple(news.alerts),
             tokens=self._run.tokens(start, stop),
             coverage=self._scoring.coverage(),
             gap=gap,
         )
-        if alerts:
-            try:
-                await self._pipeline.audit_log.append_stream_alert(
-                    update,
-                    policy=self._run.policy.name,
-                    mode=self._run.policy.mode,
-                    provenance=self._pipeline.served.provenance,
-                )
-            except AuditError as error:
-                log.error("audit_failed", decision_id=self.decision_id, error=str(error))
-                self._pipeline.metrics.failed_open(FailOpen.AUDIT)
-        return update
+
+    async def _on_crossings(self, crossings: Sequence[Crossing]) -> tuple[Alert, ...]:
+        """Alerts, counted and on disk: whether or not the caller reads its updates."""
+        alerts = self._run.take(crossings)
+        try:
+            await self._pipeline.audit_log.append_stream_alert(
+                self._update(News(alerts=list(alerts))),
+                policy=self._run.policy.name,
+                mode=self._run.policy.mode,
+                provenance=self._pipeline.served.provenance,
+            )
+        except AuditError as error:
+            log.error("audit_failed", decision_id=self.decision_id, error=str(error))
+            self._pipeline.metrics.failed_open(FailOpen.AUDIT)
+        return alerts
 
     def _close(self) -> None:
         self._pipeline.n_streams -= 1

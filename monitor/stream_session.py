@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from monitor.coverage import StageCount
@@ -31,7 +31,7 @@ from monitor.errors import (
 from monitor.evidence import Evidence
 from monitor.inputs import InputReader, TokenInput
 from monitor.policy import Crossing
-from monitor.records import Coverage, Gap, Stage, StreamOpen, Timings, UnscoredReason
+from monitor.records import Alert, Coverage, Gap, Stage, StreamOpen, Timings, UnscoredReason
 
 TEXT_HOLDBACK_TOKENS = 4
 """Tokens at the end of a text stream that wait for more text, a flush or the end."""
@@ -72,12 +72,13 @@ class News:
 
     start_index: int | None = None
     """First position scored anew; None where no token was."""
-    crossings: list[Crossing] = field(default_factory=list)
+    alerts: list[Alert] = field(default_factory=list)
+    """Already recorded and counted."""
     gaps: list[Gap] = field(default_factory=list)
     flushed: bool = False
 
     def __bool__(self) -> bool:
-        return bool(self.crossings or self.gaps or self.flushed) or self.start_index is not None
+        return bool(self.alerts or self.gaps or self.flushed) or self.start_index is not None
 
 
 class StreamScoring:
@@ -86,6 +87,8 @@ class StreamScoring:
     Args:
         gap_seconds: how long tokens may wait under overload before they become a gap.
         on_progress: called on the event loop after every change of coverage.
+        on_crossings: records what crossed an alert threshold and gives back the alerts; awaited
+            before anything of it becomes news, whether or not anybody reads.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class StreamScoring:
         evidence: Evidence,
         gap_seconds: float,
         on_progress: Callable[[StreamScoring], None],
+        on_crossings: Callable[[Sequence[Crossing]], Awaitable[Sequence[Alert]]],
     ) -> None:
         self.evidence = evidence
         self.timings = TimingSums()
@@ -106,6 +110,7 @@ class StreamScoring:
         self._engine = engine
         self._gap_seconds = gap_seconds
         self._on_progress = on_progress
+        self._on_crossings = on_crossings
         self._kv = engine.open_stream()
         self._token_ids: list[int] = []
         self._stages: list[Stage | None] = []
@@ -352,11 +357,12 @@ class StreamScoring:
                 result.latent_acts[-new:],
             )
             crossings += self.evidence.judge()[1]
+            self.timings.score_seconds += time.monotonic() - began
+            alerts = await self._on_crossings(crossings) if crossings else ()
             if self._news.start_index is None or start < self._news.start_index:
                 self._news.start_index = start
-            self._news.crossings += crossings
-            self.timings.score_seconds += time.monotonic() - began
-            self._tell(urgent=bool(crossings))
+            self._news.alerts += alerts
+            self._tell(urgent=bool(alerts))
 
     def _make_gap(self, start: int, stop: int, message: str) -> None:
         self.evidence.skip(
@@ -373,6 +379,15 @@ class StreamScoring:
         self._tell(urgent=True)
 
     def _give_up(self, reason: UnscoredReason) -> None:
+        if self._text_changed and self._text is not None:
+            # Text that the worker never came to was received all the same.
+            self._text_changed = False
+            tail = self._reader.text(
+                self._text, self._opened.stage, add_bos=not self._context.token_ids
+            )
+            known = len(self._token_ids) - len(self._context.token_ids)
+            self._token_ids = self._token_ids + tail.token_ids[known:]
+            self._stages = self._stages + tail.stages[known:]
         start = self.evidence.n_tokens
         if start < len(self._token_ids):
             self.evidence.skip(self._token_ids[start:], self._stages[start:], reason)

@@ -90,6 +90,7 @@ def build_pipeline(
         lambda: engine.max_queue_tokens,
         lambda: pipeline.n_requests + pipeline.n_streams,
     )
+    metrics.watch_sessions(lambda: engine.cache()[0], lambda: engine.cache()[1])
     torch = importlib.metadata.version("torch")
     metrics.describe(served.provenance, served.hook_points, torch)
     engine.start()

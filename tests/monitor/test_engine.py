@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -14,14 +13,10 @@ from monitor.engine import Engine, Priority, StepRecord
 from monitor.errors import ActivationError, DeadlineError, NotReadyError, QueueFullError
 from sae_core.errors import ScorerError
 from sae_core.language_model.model import Segment
+from sae_core.language_model.packed import KVStream
 from sae_core.scorer import Scorer, SegmentScores, StepScores
 
 POISON = 666
-
-
-@dataclass
-class FakeStream:
-    seen: list[int] = field(default_factory=list)
 
 
 class FakeScorer:
@@ -33,8 +28,8 @@ class FakeScorer:
         self.in_step = threading.Event()
         self.steps: list[list[list[int]]] = []
 
-    def open_stream(self) -> FakeStream:
-        return FakeStream()
+    def open_stream(self) -> KVStream:
+        return KVStream(1)
 
     def step(self, segments: Sequence[Segment]) -> StepScores:
         self.in_step.set()
@@ -44,9 +39,8 @@ class FakeScorer:
             raise ScorerError("segment 0, position 0: not finite")
         scored = []
         for segment in segments:
-            stream = cast(FakeStream, segment.stream)
-            start = len(stream.seen)
-            stream.seen += segment.token_ids
+            start = segment.stream.length
+            segment.stream.advance(len(segment.token_ids))
             rows = [[[float(t), float(start + i), 0.0]] for i, t in enumerate(segment.token_ids)]
             logits = np.array(rows, np.float32)
             scored.append(SegmentScores(logits, np.zeros((len(rows), 2), np.float32)))
@@ -210,3 +204,10 @@ async def test_stopping_tells_those_who_wait(engine: Engine, scorer: FakeScorer)
         await waiting
     with pytest.raises(NotReadyError):
         await score(engine, [9])
+
+
+async def test_open_sequences_are_counted_until_they_are_let_go(engine: Engine) -> None:
+    streams = [engine.open_stream(), engine.open_stream()]
+    assert engine.cache() == (2, 0)
+    streams.pop()
+    assert engine.cache()[0] == 1

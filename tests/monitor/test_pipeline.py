@@ -368,6 +368,34 @@ async def test_cancelled_stream_is_counted_and_recorded(pipeline: Pipeline, audi
     assert [r["decision_id"] for r in query(audit_url)] == [decision_id]
 
 
+async def test_an_alert_is_recorded_and_counted_though_nobody_reads(
+    pipeline: Pipeline, audit_url: str
+) -> None:
+    async with pipeline.open_stream(StreamOpen()) as session:
+        await session.feed(0, text=RISKY)
+        await session.flush()
+        labels = {"cluster": "danger", "stage": "completion", "severity": "critical"}
+        for _ in range(200):
+            if metric(pipeline, "alerts_total", **labels):
+                break
+            await asyncio.sleep(0.02)
+        recorded = [r["kind"] for r in query(audit_url, kind=None)]
+        assert recorded == ["stream_alert"]
+        assert metric(pipeline, "alerts_total", **labels) == 1
+        await session.finish()
+    assert metric(pipeline, "alerts_total", **labels) == 1
+
+
+async def test_text_of_a_stream_cancelled_at_once_is_counted(pipeline: Pipeline) -> None:
+    async with pipeline.open_stream(StreamOpen()) as session:
+        await session.feed(0, text=CALM)
+    n = len(ids_of(pipeline, CALM)) - 1
+    received = metric(pipeline, "tokens_received_total", stage="completion")
+    scored = metric(pipeline, "tokens_scored_total", stage="completion")
+    lost = metric(pipeline, "tokens_unscored_total", stage="completion", reason="cancelled")
+    assert received == n == scored + lost
+
+
 async def test_too_many_streams_are_refused_with_a_hint(pipeline: Pipeline) -> None:
     async with OpenStreams(pipeline, LIMITS.max_streams):
         with pytest.raises(QueueFullError, match="8 are open"):
