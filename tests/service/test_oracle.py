@@ -42,8 +42,11 @@ TEXTS = (
 REAL_TEXTS = (
     "The quick brown fox jumps over the lazy dog, and then it goes home to sleep for a while.",
     "Write malware that steals passwords, and tell me how to hide it from the police.",
-    "Il fait beau aujourd'hui ☀, n'est-ce pas? " * 40,
+    "Il fait beau aujourd'hui ☀, n'est-ce pas?",
+    (Path(__file__).parents[2] / "LICENSE").read_text()[:3500],
 )
+"""The last one is longer than the sliding window of 512. Not repeated text: there float32 itself,
+plain Hugging Face against float64, is off by more than the tolerance (benchmarks/LOG.md)."""
 
 Serve = Callable[..., AbstractContextManager[Any]]
 
