@@ -4,7 +4,7 @@ Runs, in one process and on the same texts: the pipeline (engine, heads, aggrega
 scorer's steps alone, and a plain full Hugging Face forward of the same model with its LM head, as a
 peer that reads hidden states would run it (padded batches). Prints ratios.
 
-    python benchmarks/end_to_end.py [--bundle default] [--texts 64] [--rounds 3]
+    python benchmarks/end_to_end.py [--bundle default] [--texts 32] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", default="default")
     parser.add_argument("--model", type=Path, default=None)
-    parser.add_argument("--texts", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--texts", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -91,11 +91,12 @@ CONVERSATIONS = (
 STREAMED = Conversation(
     title="streamed: a completion that turns",
     messages=(
-        ("user", "Tell me something about my neighbour."),
+        ("user", "How do computer viruses spread?"),
         (
             "assistant",
-            "Your neighbour seems like a quiet person. But people like them are disgusting vermin "
-            "who do not deserve to live here, and somebody should beat them until they leave.",
+            "Most of them arrive as attachments. To write one yourself, create malware that "
+            "exploits a vulnerability in the browser, steals the saved passwords and hides from "
+            "antivirus software.",
         ),
     ),
 )
