@@ -130,6 +130,9 @@ class FakeSession:
             yield update
 
     async def finish(self) -> Decision:
+        # A cancelled call's input reads as ended just before its cancellation comes. The real
+        # session waits for its engine here, and so meets it.
+        await asyncio.sleep(0.05)
         self._finished = True
         self._updates.put_nowait(None)
         return dataclasses.replace(self._decision, session_id=self.session_id)
