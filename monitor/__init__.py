@@ -6,7 +6,7 @@ Rooms, from what a person starts down to what everybody speaks:
     demo                            the main job on the embedded default
     client, server, local, report   what a program or a person starts, and how it reads
     rpc, ops                        the two wires: gRPC, and HTTP for operators
-    pipeline, stream_session        one request from start to finish
+    pipeline, draft, stream_session   one request from start to finish
     inputs, served, evidence        tokens with stages; the loaded bundle; running scores
     engine, policy, metrics, audit_log, model_store, coverage   parts ignorant of each other
     bundle, config, records, errors   what they all speak

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 
@@ -19,6 +18,7 @@ import structlog
 
 from monitor.audit_log.writer import AuditLog
 from monitor.coverage import CoverageMeter
+from monitor.draft import DecisionDraft
 from monitor.engine import Engine, EngineResult, Priority
 from monitor.errors import (
     AuditError,
@@ -30,8 +30,7 @@ from monitor.errors import (
     QueueFullError,
     RequestError,
 )
-from monitor.evidence import Evidence
-from monitor.inputs import InputReader, TokenInput, input_digest
+from monitor.inputs import InputReader, TokenInput
 from monitor.metrics import Metrics
 from monitor.metrics.labels import FailOpen, Outcome, Rejection, RequestKind
 from monitor.policy import Crossing, Policy
@@ -39,17 +38,14 @@ from monitor.records import (
     Action,
     Alert,
     ClusterInfo,
-    Coverage,
     Decision,
     Gap,
-    Mode,
     ScoreRequest,
     ServerInfo,
     ServerLimits,
     Stage,
     StreamOpen,
     StreamUpdate,
-    TokenScores,
     UnscoredReason,
     Verdict,
 )
@@ -147,7 +143,11 @@ class Pipeline:
             timings = TimingSums()
             tokens = await self._read(request, meter)
             timings.tokenize_seconds = time.monotonic() - started
-            run = _Run(self, policy, request.want_attribution, request.want_tokens)
+            run = self.draft(
+                policy,
+                want_attribution=request.want_attribution,
+                want_tokens=request.want_tokens,
+            )
             failure = await self._run(run, tokens, timings, policy, started, deadline_seconds)
             meter.report(run.evidence.stage_coverage())
             decision = await run.decide(
@@ -210,6 +210,17 @@ class Pipeline:
             )
         return StreamSession(self, opened, policy)
 
+    def draft(self, policy: Policy, *, want_attribution: bool, want_tokens: bool) -> DecisionDraft:
+        """A decision to be made under the served bundle."""
+        return DecisionDraft(
+            served=self.served,
+            metrics=self.metrics,
+            audit_log=self.audit_log,
+            policy=policy,
+            want_attribution=want_attribution,
+            want_tokens=want_tokens,
+        )
+
     def reader(self) -> InputReader:
         """How requests become tokens under the served bundle."""
         return self._reader
@@ -245,7 +256,7 @@ class Pipeline:
 
     async def _run(
         self,
-        run: _Run,
+        run: DecisionDraft,
         tokens: TokenInput,
         timings: TimingSums,
         policy: Policy,
@@ -280,113 +291,6 @@ class Pipeline:
         return None
 
 
-class _Run:
-    """What a request and a stream share: from evidence to a recorded decision."""
-
-    def __init__(
-        self, pipeline: Pipeline, policy: Policy, want_attribution: bool, want_tokens: bool
-    ) -> None:
-        self.pipeline = pipeline
-        self.policy = policy
-        self.decision_id = str(uuid.uuid4())
-        self.evidence = Evidence(pipeline.served.plan, policy)
-        self.alerts: list[Alert] = []
-        self._want_attribution = want_attribution
-        self._want_tokens = want_tokens
-
-    def take(self, crossings: Sequence[Crossing]) -> tuple[Alert, ...]:
-        """Crossings as this decision's alerts."""
-        alerts = tuple(
-            Alert(
-                decision_id=self.decision_id,
-                cluster=c.cluster,
-                severity=c.severity,
-                stage=c.stage,
-                score=c.score,
-                position=c.position,
-            )
-            for c in crossings
-        )
-        self.alerts += alerts
-        self.pipeline.metrics.observe_alerts(alerts)
-        return alerts
-
-    def attribution(self) -> bool | list[str]:
-        """Which clusters to explain: all on request, otherwise those that alerted."""
-        return True if self._want_attribution else [alert.cluster for alert in self.alerts]
-
-    def tokens(self, start: int, stop: int) -> tuple[TokenScores, ...]:
-        """Per-token scores where they were asked for."""
-        if not self._want_tokens:
-            return ()
-        ids = self.evidence.token_ids()[start:stop]
-        return self.evidence.tokens(start, stop, self.pipeline.served.tokenizer.token_texts(ids))
-
-    async def decide(
-        self,
-        *,
-        timings: TimingSums,
-        started: float,
-        coverage: Coverage,
-        token_ids: Sequence[int],
-        caller: str | None,
-        failure: UnscoredReason | None = None,
-        session_id: str = "",
-    ) -> Decision:
-        """Judges, records, counts. Durable when it returns with an alert."""
-        began = time.monotonic()
-        judgement, crossings = self.evidence.judge()
-        self.take(crossings)
-        blocks = self.policy.mode is Mode.ENFORCE and self.policy.model.on_error == "block"
-        action = judgement.action
-        if failure is not None:
-            action = Action.BLOCK if blocks else action
-            if not blocks:
-                self.pipeline.metrics.failed_open(FailOpen(failure.value))
-        clusters = self.evidence.results(attribution=self.attribution())
-        tokens = self.tokens(0, self.evidence.n_tokens)
-        timings.score_seconds += time.monotonic() - began
-
-        def decision(action: Action, audit_seconds: float, sequence: int | None) -> Decision:
-            return Decision(
-                decision_id=self.decision_id,
-                verdict=judgement.verdict,
-                action=action,
-                mode=self.policy.mode,
-                policy=self.policy.name,
-                overall=judgement.overall,
-                clusters=clusters,
-                rules=judgement.rules,
-                alerts=tuple(self.alerts),
-                coverage=coverage,
-                timings=timings.record(
-                    audit_seconds=audit_seconds, total_seconds=time.monotonic() - started
-                ),
-                provenance=self.pipeline.served.provenance,
-                tokens=tokens,
-                session_id=session_id,
-                sequence=sequence,
-            )
-
-        before_audit = time.monotonic()
-        sequence: int | None = None
-        try:
-            sequence = await self.pipeline.audit_log.append_decision(
-                decision(action, 0.0, None),
-                input_digest=input_digest(token_ids),
-                caller=caller,
-            )
-        except AuditError as error:
-            log.error("audit_failed", decision_id=self.decision_id, error=str(error))
-            if blocks:
-                action = Action.BLOCK
-            else:
-                self.pipeline.metrics.failed_open(FailOpen.AUDIT)
-        final = decision(action, time.monotonic() - before_audit, sequence)
-        self.pipeline.metrics.observe_decision(final)
-        return final
-
-
 class StreamSession:
     """One stream as its caller sees it. Leaving the context without `finish` cancels it."""
 
@@ -394,7 +298,9 @@ class StreamSession:
         self._pipeline = pipeline
         self._opened = opened
         self._started = time.monotonic()
-        self._run = _Run(pipeline, policy, opened.want_attribution, opened.want_tokens)
+        self._run = pipeline.draft(
+            policy, want_attribution=opened.want_attribution, want_tokens=opened.want_tokens
+        )
         self._meter = CoverageMeter(pipeline.metrics)
         self._finished = False
         self.decision_id = self._run.decision_id
