@@ -143,7 +143,8 @@ def _server(
     bundle: str, audit: str, arguments: Sequence[str], console: Console
 ) -> Iterator[RunningServer]:
     command = [sys.executable, "-m", "monitor", "serve", "--bundle", bundle, "--audit", audit]
-    command += ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", *arguments]
+    command += ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"]
+    command += ["--log-level", "warning", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         with console.status("starting the server"):
