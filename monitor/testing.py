@@ -3,7 +3,7 @@
     folder = write_tiny_bundle(path, "gemma3")
 
 Its cluster `danger` alerts on a text with one of the trigger words and passes without; its cluster
-`quiet` reads random latents, is never calibrated to anything and never flags.
+`quiet` reads random latents and never flags.
 """
 
 from __future__ import annotations
