@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from sae_core.formats.saelens import save_saelens
+from sae_core.formats.saelens_writer import save_saelens
 from sae_core.heads import LatentTerm
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model

@@ -1,19 +1,24 @@
 """What turns pre-activations into latent activations: pure functions of one token's row.
 
-Each keeps the sign rules of the published checkpoints: comparisons are strict, and no latent
-ever comes out negative.
+Each keeps the sign and tie rules of the published checkpoints. Comparisons are strict; unless a
+gate is signed, no latent comes out negative.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
 def relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
     """Each positive pre-activation, else 0."""
     return torch.relu(pre_acts)
+
+
+def tanh_relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
+    """The hyperbolic tangent of each positive pre-activation, else 0 (SAELens 5, `tanh-relu`)."""
+    return torch.tanh(torch.relu(pre_acts))
 
 
 def jumprelu(
@@ -27,23 +32,23 @@ def jumprelu(
     return torch.relu(pre_acts) * (pre_acts > threshold)
 
 
-def topk(pre_acts: Float[Tensor, "... d_sae"], k: int) -> Float[Tensor, "... d_sae"]:
-    """The positive ones among the `k` largest pre-activations of each token, else 0.
+def gated(
+    projections: Float[Tensor, "... d_sae"],
+    b_gate: Float[Tensor, " d_sae"],
+    r_mag: Float[Tensor, " d_sae"],
+    b_mag: Float[Tensor, " d_sae"],
+) -> Float[Tensor, "... d_sae"]:
+    """Magnitudes `projection * exp(r_mag) + b_mag` where `projection + b_gate` is positive.
 
-    Among equal values at the k-th place the lowest latent ids are kept. Source: Gao et al. 2024,
-    arXiv:2406.04093.
+    `projections` are `z @ W_enc` without a bias. Source: Rajamanoharan et al. 2024,
+    arXiv:2404.16014.
     """
-    kth = pre_acts.topk(k, dim=-1).values[..., -1:]
-    above = pre_acts > kth
-    n_tied_kept = k - above.sum(dim=-1, keepdim=True)
-    tied = pre_acts == kth
-    if bool((tied.sum(dim=-1, keepdim=True) > n_tied_kept).any()):
-        tied &= tied.cumsum(dim=-1) <= n_tied_kept
-    return torch.relu(pre_acts) * (above | tied)
+    magnitudes = torch.relu(projections * r_mag.exp() + b_mag)
+    return magnitudes * (projections + b_gate > 0)
 
 
 def batchtopk(
-    pre_acts: Float[Tensor, "... d_sae"], threshold: Float[Tensor, ""] | float
+    pre_acts: Float[Tensor, "... d_sae"], threshold: Float[Tensor, " d_sae"] | float
 ) -> Float[Tensor, "... d_sae"]:
     """Each rectified pre-activation above the one threshold that training stored, else 0.
 
@@ -52,3 +57,29 @@ def batchtopk(
     """
     acts = torch.relu(pre_acts)
     return acts * (acts > threshold)
+
+
+def topk(pre_acts: Float[Tensor, "... d_sae"], k: int) -> Float[Tensor, "... d_sae"]:
+    """The positive ones among the `k` largest pre-activations of each token, else 0.
+
+    Source: Gao et al. 2024, arXiv:2406.04093.
+    """
+    return torch.relu(pre_acts) * largest(pre_acts, k)
+
+
+def largest(keys: Float[Tensor, "... d_sae"], k: int) -> Bool[Tensor, "... d_sae"]:
+    """Which `k` of each row are its largest; among equals at the k-th place the lowest ids."""
+    kth = keys.topk(k, dim=-1).values[..., -1:]
+    above = keys > kth
+    n_tied_kept = k - above.sum(dim=-1, keepdim=True)
+    tied = keys == kth
+    if bool((tied.sum(dim=-1, keepdim=True) > n_tied_kept).any()):
+        tied &= tied.cumsum(dim=-1) <= n_tied_kept
+    return above | tied
+
+
+def group_largest(
+    pre_acts: Float[Tensor, "... n_groups group"],
+) -> Bool[Tensor, "... n_groups group"]:
+    """Which latent of each group is its largest; the first among equals."""
+    return torch.nn.functional.one_hot(pre_acts.argmax(dim=-1), pre_acts.shape[-1]).bool()

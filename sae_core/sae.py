@@ -1,9 +1,10 @@
-"""A sparse autoencoder: what it is (`SAEConfig`), its numbers (`SAEWeights`), and its maths.
+"""A sparse autoencoder: encode, encode only some latents, decode.
 
-    z = x - b_dec        where apply_b_dec_to_input, else x
+    z = x, normalised as the config says, minus b_dec where apply_b_dec_to_input
     h = z @ W_enc + b_enc
-    a = gate(h)          relu | jumprelu | topk | batchtopk with its stored threshold
-    y = a @ W_dec + b_dec
+    a = gate(h)
+    y = a @ W_dec + b_dec, with the normalisation undone
+    forward(x) = y + x @ W_skip where there is one
 
 Everything is float32, whatever the checkpoint stored. Files are `formats`' business.
 """
@@ -11,93 +12,60 @@ Everything is float32, whatever the checkpoint stored. Files are `formats`' busi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from sae_core.activation_functions import batchtopk, jumprelu, relu, topk
+from sae_core import activation_functions as gates
+from sae_core.encoder import Columns, Encoder, apply_gate, normalised
 from sae_core.errors import ShapeError
-
-Architecture = Literal["relu", "jumprelu", "topk", "batchtopk"]
-THRESHOLDED: tuple[Architecture, ...] = ("jumprelu", "batchtopk")
-BLOCK_NUMBERS = 2**24
-"""Most pre-activations a streaming TopK encoder holds at a time (64 MiB of float32)."""
-CHUNK_LATENTS = 4096
-"""Dictionary columns per chunk of that encoder; wide enough for an efficient matrix product."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SAEConfig:
-    """What an SAE is, apart from its numbers."""
-
-    architecture: Architecture
-    d_in: int
-    d_sae: int
-    k: int | None = None
-    """Latents a token may have; for `topk` only."""
-    apply_b_dec_to_input: bool = False
-    normalize_activations: Literal["none"] = "none"
-    hook_point: str | None = None
-    """Where it was trained to read, as its checkpoint says; None where it does not."""
-    model_name: str | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What else the checkpoint says, kept as found."""
-
-    def __post_init__(self) -> None:
-        if self.architecture not in get_args(Architecture):
-            expected = ", ".join(get_args(Architecture))
-            raise ShapeError(f"architecture is {self.architecture!r}, expected one of {expected}")
-        if self.d_in < 1 or self.d_sae < 1:
-            raise ShapeError(f"d_in is {self.d_in}, d_sae is {self.d_sae}, expected at least 1")
-        if self.architecture == "topk" and not (self.k and 1 <= self.k <= self.d_sae):
-            raise ShapeError(f"k is {self.k}, expected 1 to d_sae, which is {self.d_sae}")
-        if self.architecture != "topk" and self.k is not None:
-            raise ShapeError(f"k is {self.k}, expected none for {self.architecture}")
-
-
-class SAEWeights(NamedTuple):
-    """An SAE's numbers, in the one orientation used here."""
-
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    threshold: Float[Tensor, " d_sae"] | None = None
-    """For `jumprelu` and `batchtopk` (there one number, repeated); None otherwise."""
+from sae_core.exact_product import padded_to_tiles
+from sae_core.sae_config import RANKED, SAECard, SAEConfig
+from sae_core.sae_weights import SAEStore, SAEWeights
 
 
 class SAE:
-    """An SAE whose weights fit its config; raises ShapeError where they do not."""
+    """An SAE whose numbers fit its formula; raises ShapeError where they do not.
 
-    def __init__(self, config: SAEConfig, weights: SAEWeights) -> None:
-        d_in, d_sae = config.d_in, config.d_sae
-        expected = {
-            "W_enc": (d_in, d_sae),
-            "b_enc": (d_sae,),
-            "W_dec": (d_sae, d_in),
-            "b_dec": (d_in,),
-        }
-        if config.architecture in THRESHOLDED:
-            expected["threshold"] = (d_sae,)
-        for name, tensor in weights._asdict().items():
-            found = None if tensor is None else tuple(tensor.shape)
-            if found != expected.get(name):
-                wanted = expected.get(name, f"none for {config.architecture}")
-                raise ShapeError(f"{name} has shape {found}, expected {wanted}")
+    Over an `SAEStore` nothing is read before it is needed: `slice` reads the columns it was asked
+    for, everything else reads the whole SAE once and keeps it.
+    """
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        weights: SAEWeights | SAEStore,
+        card: SAECard | None = None,
+    ) -> None:
         self.config = config
-        self.weights = _each(weights, torch.Tensor.float)
+        self.card = SAECard() if card is None else card
+        if isinstance(weights, SAEWeights):
+            weights = SAEStore.in_memory(config, weights)
+        self._store = weights
+
+    @cached_property
+    def weights(self) -> SAEWeights:
+        """All numbers as float32; the first use reads them."""
+        weights = self._store.read()
+        self._store = SAEStore.in_memory(self.config, weights)
+        return weights
 
     def to(self, device: torch.device | str) -> SAE:
-        """The same SAE with its weights on `device`."""
-        return SAE(self.config, _each(self.weights, lambda w: w.to(device)))
+        """The same SAE with all its weights on `device`."""
+        moved = (None if w is None else w.to(device) for w in self.weights)
+        return SAE(self.config, SAEWeights(*moved), self.card)  # type: ignore[arg-type]
+
+    def replaced(self, *, config: SAEConfig | None = None, card: SAECard | None = None) -> SAE:
+        """The same numbers under another formula or card; ShapeError where they do not fit it."""
+        config = self.config if config is None else config
+        return SAE(config, self._store.under(config), self.card if card is None else card)
 
     def encode(
-        self, x: Float[Tensor, "... d_in"], latent_ids: Sequence[int] | Tensor | None = None
+        self, x: Float[Tensor, "... width"], latent_ids: Sequence[int] | Tensor | None = None
     ) -> Float[Tensor, "... n_latents"]:
         """Latent activations of `x`: of every latent, or of `latent_ids` in that order.
 
@@ -105,169 +73,105 @@ class SAE:
         """
         if latent_ids is not None:
             return self.slice(latent_ids)(x)
+        config = self.config
+        shape = (*x.shape[:-1], config.d_sae)
+        h = self.pre_acts(x).reshape(-1, config.d_sae)
+        if config.architecture == "groupmax":
+            assert config.k is not None
+            grouped = h.reshape(len(h), config.k, -1)
+            return (torch.relu(grouped) * gates.group_largest(grouped)).reshape(shape)
+        if config.architecture not in RANKED:
+            return apply_gate(config, h, self._all_columns).reshape(shape)
+        assert config.k is not None
+        norms = self._all_columns.norms
+        scaled = h if norms is None else h * norms
+        kept = gates.largest(scaled.abs() if config.architecture == "abstopk" else scaled, config.k)
+        acts = scaled if config.decoder_norms == "acts" else h
+        if config.architecture == "topk" and not config.signed:
+            acts = torch.relu(acts)
+        return (acts * kept).reshape(shape)
+
+    def pre_acts(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_sae"]:
+        """What enters the gate, of every latent, before any decoder norm."""
         b_dec = self.weights.b_dec if self.config.apply_b_dec_to_input else None
-        z = _centred(x, b_dec, self.config.d_in)
-        pre_acts = z @ self.weights.W_enc + self.weights.b_enc
-        if self.config.architecture == "topk":
-            assert self.config.k is not None
-            return topk(pre_acts, self.config.k)
-        if self.config.architecture == "batchtopk":
-            assert self.weights.threshold is not None
-            return batchtopk(pre_acts, self.weights.threshold[0])
-        return _gate(pre_acts, self.weights.threshold)
+        z = normalised(self.config, x, b_dec).z.reshape(-1, self.config.d_in)
+        return self._all_columns.pre_acts(z).reshape(*x.shape[:-1], self.config.d_sae)
 
     def decode(
-        self, latent_acts: Float[Tensor, "... d_sae"], x: Float[Tensor, "... d_in"] | None = None
-    ) -> Float[Tensor, "... d_in"]:
-        """The reconstruction of the input that gave `latent_acts`.
+        self, latent_acts: Float[Tensor, "... d_sae"], x: Float[Tensor, "... width"] | None = None
+    ) -> Float[Tensor, "... d_out"]:
+        """The reconstruction that `latent_acts` stand for, without a skip connection.
 
-        `x`, that input, is for SAEs that normalise it; one with `normalize_activations` none has
-        nothing to undo and does not look at it.
+        `x`, the input that gave them, is needed where it was normalised token by token; ShapeError
+        where it is needed and not given.
         """
-        return latent_acts.float() @ self.weights.W_dec + self.weights.b_dec
+        config, weights = self.config, self.weights
+        acts = latent_acts.float()
+        if weights.scaling_factor is not None:
+            acts = acts * weights.scaling_factor
+        if config.decoder_norms == "acts":
+            acts = acts * self._inverse_norms
+        recons = acts @ weights.W_dec + weights.b_dec
+        if config.output_scale != 1:
+            recons = recons / config.output_scale
+        if config.predicts_another_place:
+            return recons
+        if config.normalize == "none" and not config.center_input:
+            return recons
+        if x is None:
+            how = "centred" if config.normalize == "none" else config.normalize
+            raise ShapeError(f"x is missing: this SAE's inputs are {how}, expected the input")
+        given = normalised(config, x, None)
+        if given.scale is not None:
+            recons = recons * given.scale
+        if given.shift is not None:
+            recons = recons + given.shift
+        return recons if given.mean is None else recons + given.mean
 
-    def slice(self, latent_ids: Sequence[int] | Tensor) -> SlicedEncoder:
+    def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_out"]:
+        """The reconstruction of `x` (a transcoder: what it predicts), skip connection included."""
+        recons = self.decode(self.encode(x), x)
+        if self.weights.W_skip is None:
+            return recons
+        return recons + x.float() @ self.weights.W_skip
+
+    def slice(self, latent_ids: Sequence[int] | Tensor) -> Encoder:
         """An encoder of `latent_ids` alone, in that order, each once.
 
         Raises ShapeError for an id outside 0 to d_sae - 1, and for one that comes twice.
         """
-        device = self.weights.W_enc.device
-        ids = torch.as_tensor(latent_ids, dtype=torch.long, device=device).reshape(-1)
+        ids = np.asarray(torch.as_tensor(latent_ids).cpu(), np.int64).reshape(-1)
         outside = ids[(ids < 0) | (ids >= self.config.d_sae)]
         if len(outside):
             last = self.config.d_sae - 1
             raise ShapeError(f"latent_ids has {outside.tolist()}, expected ids from 0 to {last}")
         if repeated := [i for i, n in Counter(ids.tolist()).items() if n > 1]:
             raise ShapeError(f"latent_ids has {repeated} more than once, expected each id once")
-        return SlicedEncoder(self, ids)
+        encoder = Encoder(self.config, self._store, ids)
+        is_loaded = "weights" in vars(self)
+        return encoder.to(self.weights.W_enc.device) if is_loaded else encoder
 
+    @cached_property
+    def _all_columns(self) -> Columns:
+        device = self.weights.W_enc.device
+        w = self.weights
+        norms = None
+        if self.config.decoder_norms != "unused":
+            norms = self._store.decoder_norms(np.arange(self.config.d_sae)).to(device)
+        return Columns(
+            W=padded_to_tiles(w.W_enc),
+            b_enc=w.b_enc,
+            threshold=w.threshold,
+            b_gate=w.b_gate,
+            r_mag=w.r_mag,
+            b_mag=w.b_mag,
+            W_glu=None if w.W_glu is None else padded_to_tiles(w.W_glu),
+            b_glu=w.b_glu,
+            norms=norms,
+        )
 
-class SlicedEncoder:
-    """Some latents of an SAE, encoded exactly as the whole SAE would; made by `SAE.slice`.
-
-    A gate that looks at one latent at a time costs only the columns asked for, in time and
-    memory. A TopK gate also needs each latent's rank among all of them: rivals are counted over
-    chunks of the dictionary, in bounded memory, and the dictionary is kept.
-    """
-
-    def __init__(self, sae: SAE, latent_ids: Int[Tensor, " n_latents"]) -> None:
-        weights = sae.weights
-        is_topk = sae.config.architecture == "topk"
-        self.config = sae.config
-        self.latent_ids = latent_ids
-        self._W = weights.W_enc[:, latent_ids].contiguous()
-        self._b = weights.b_enc[latent_ids]
-        self._b_dec = weights.b_dec if sae.config.apply_b_dec_to_input else None
-        self._threshold = None if weights.threshold is None else weights.threshold[latent_ids]
-        self._dictionary = (weights.W_enc, weights.b_enc) if is_topk else None
-
-    def to(self, device: torch.device | str) -> SlicedEncoder:
-        """The same encoder with its tensors on `device`."""
-        moved = copy(self)
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device))
-        if self._dictionary is not None:
-            W_enc, b_enc = self._dictionary
-            moved._dictionary = (W_enc.to(device), b_enc.to(device))
-        return moved
-
-    def __call__(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... n_latents"]:
-        """Latent activations of the registered latents.
-
-        Equal to the columns of `SAE.encode` but for rounding. TopK: among equal pre-activations
-        at the k-th place the lowest latent ids are kept; one that rounding alone separates from
-        the k-th value may fall on the other side.
-        """
-        shape = (*x.shape[:-1], len(self.latent_ids))
-        z = _centred(x, self._b_dec, self.config.d_in).reshape(-1, self.config.d_in)  # n d_in
-        pre_acts = z @ self._W + self._b  # n n_latents
-        if self._dictionary is None:
-            return _gate(pre_acts, self._threshold).reshape(shape)
-        kept = torch.empty_like(pre_acts, dtype=torch.bool)
-        chunk = min(CHUNK_LATENTS, self.config.d_sae)
-        n_rows = max(1, BLOCK_NUMBERS // chunk)
-        for start in range(0, len(z), n_rows):
-            block = slice(start, start + n_rows)
-            kept[block] = self._in_top_k(z[block], pre_acts[block], chunk)
-        return (torch.relu(pre_acts) * kept).reshape(shape)
-
-    def _in_top_k(
-        self, z: Float[Tensor, "n d_in"], pre_acts: Float[Tensor, "n n_latents"], chunk: int
-    ) -> Bool[Tensor, "n n_latents"]:
-        """Which positive `pre_acts` have fewer than k latents of the dictionary before them."""
-        k, d_sae = self.config.k, self.config.d_sae
-        assert k is not None and self._dictionary is not None
-        W_enc, b_enc = self._dictionary
-        row, column = (pre_acts > 0).nonzero(as_tuple=True)  # one entry per candidate
-        n_before = torch.zeros_like(row)
-        for start in range(0, d_sae, chunk):
-            if len(row) == 0:
-                break
-            stop = min(start + chunk, d_sae)
-            wanted = torch.zeros(len(z), dtype=torch.bool, device=z.device)
-            wanted[row] = True
-            rows = wanted.nonzero().squeeze(-1)
-            position = (wanted.cumsum(0) - 1)[row]  # of the candidate's row among `rows`
-            rivals = z[rows] @ W_enc[:, start:stop] + b_enc[start:stop]  # n_rows chunk
-            # A registered latent must meet itself and its peers with one and the same value.
-            mine = (self.latent_ids >= start) & (self.latent_ids < stop)
-            rivals[:, self.latent_ids[mine] - start] = pre_acts[rows][:, mine]
-            if stop - start >= k:
-                kth = rivals.topk(k, dim=-1).values[:, -1]
-                alive = pre_acts[row, column] >= kth[position]
-                row, column, position = row[alive], column[alive], position[alive]
-                n_before = n_before[alive]
-            n_before += self._count_before(rivals, position, pre_acts[row, column], column, start)
-            alive = n_before < k
-            row, column, n_before = row[alive], column[alive], n_before[alive]
-        kept = torch.zeros_like(pre_acts, dtype=torch.bool)
-        kept[row, column] = True
-        return kept
-
-    def _count_before(
-        self,
-        rivals: Float[Tensor, "n_rows chunk"],
-        position: Int[Tensor, " n_candidates"],
-        value: Float[Tensor, " n_candidates"],
-        column: Int[Tensor, " n_candidates"],
-        start: int,
-    ) -> Int[Tensor, " n_candidates"]:
-        """For each candidate, the chunk's latents that rank before it: larger, or equal and lower.
-
-        `position` is the candidate's row in `rivals`; the chunk begins at latent `start`.
-        """
-        counts = torch.empty_like(position)
-        ids = torch.arange(start, start + rivals.shape[1], device=rivals.device)
-        n = max(1, BLOCK_NUMBERS // rivals.shape[1])
-        for first in range(0, len(position), n):
-            some = slice(first, first + n)
-            theirs, ours = rivals[position[some]], value[some, None]
-            lower = ids < self.latent_ids[column[some], None]
-            counts[some] = ((theirs > ours) | ((theirs == ours) & lower)).sum(dim=-1)
-        return counts
-
-
-def _centred(
-    x: Float[Tensor, "... width"], b_dec: Float[Tensor, " d_in"] | None, d_in: int
-) -> Float[Tensor, "... d_in"]:
-    if x.shape[-1] != d_in:
-        raise ShapeError(f"x has width {x.shape[-1]}, the SAE's d_in is {d_in}")
-    return x.float() if b_dec is None else x.float() - b_dec
-
-
-def _each(weights: SAEWeights, change: Callable[[Tensor], Tensor]) -> SAEWeights:
-    W_enc, b_enc, W_dec, b_dec, threshold = weights
-    return SAEWeights(
-        change(W_enc),
-        change(b_enc),
-        change(W_dec),
-        change(b_dec),
-        None if threshold is None else change(threshold),
-    )
-
-
-def _gate(
-    pre_acts: Float[Tensor, "... n_latents"], threshold: Float[Tensor, " n_latents"] | None
-) -> Float[Tensor, "... n_latents"]:
-    return relu(pre_acts) if threshold is None else jumprelu(pre_acts, threshold)
+    @cached_property
+    def _inverse_norms(self) -> Float[Tensor, " d_sae"]:
+        norms = self._store.decoder_norms(np.arange(self.config.d_sae))
+        norms = norms.to(self.weights.W_dec.device)
+        return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))

@@ -1,18 +1,18 @@
-"""Checkpoints on disk -> SAE: one module per format, and the one place that tells them apart.
+"""Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
-saelens  cfg.json + sae_weights.safetensors, as SAELens 6 writes them
+saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 
-A format is told by the names of its files, never by the shapes of its tensors. To add one: its
-module, and its row in `FORMATS`.
+A format is told by the names of its files and of what is in them, never by the shapes of its
+tensors. To add one: its module, and its row in `FORMATS`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sae_core.errors import SAEFormatError
+from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.sae import SAE
 
@@ -22,10 +22,11 @@ class Format:
     """One way in which SAEs are published."""
 
     name: str
+    """What the hint `format` calls it."""
     looks_like: str
     """Its files, for the message that says what would have been read."""
     recognises: Callable[[Path], bool]
-    """By file names alone."""
+    """By names alone: of files, of the keys of a config, of tensors."""
     read: Callable[..., SAE]
     """Takes the path and, by name, any of `hints`."""
     hints: frozenset[str] = frozenset()
@@ -34,10 +35,11 @@ class Format:
 
 FORMATS: tuple[Format, ...] = (
     Format(
-        name="SAELens",
+        name="saelens",
         looks_like="a folder with cfg.json and sae_weights.safetensors",
         recognises=is_saelens,
         read=read_saelens,
+        hints=frozenset({"norm_scaling_factor"}),
     ),
 )
 
@@ -45,23 +47,74 @@ LISTED_FILES = 12
 """Names of found files in a message; more would bury the sentence."""
 
 
-def load_sae(path: str | Path, **hints: object) -> SAE:
+def load_sae(
+    path: str | Path,
+    *,
+    subfolder: str | None = None,
+    weights_file: str | None = None,
+    format: str | None = None,
+    hook_point: str | None = None,
+    model_name: str | None = None,
+    center: bool | None = None,
+    **hints: object,
+) -> SAE:
     """The SAE at `path`, a folder or a file of any format in `FORMATS`.
 
-    `hints` are facts that a format leaves out of its files; one that the format does not know is
-    refused. Raises SAEFormatError, naming file, key, what was found and what was expected.
+    Only headers are read: `SAE.slice` reads the latents that it is asked for.
+
+    Args:
+        subfolder: A folder below `path`, for releases that hold many SAEs.
+        weights_file: A file in that folder, for releases of one file per SAE.
+        format: The name of the format, where the files alone leave it open.
+        hook_point: Where it reads, over what its files say.
+        model_name: The model that it was trained on, over what its files say.
+        center: Whether it reads x - mean(x), as SAEs of centred models do.
+        hints: Facts that a format leaves out of its files, such as `k`; one that the format does
+            not know is refused.
+
+    Raises:
+        SAEFormatError: names file, key, what was found and what was expected.
     """
-    path = Path(path)
-    if not path.exists():
-        raise SAEFormatError(f"{path}: does not exist, expected an SAE checkpoint")
-    for known in FORMATS:
-        if known.recognises(path):
-            for hint in sorted(hints.keys() - known.hints):
-                accepted = ", ".join(sorted(known.hints)) or "none"
-                raise SAEFormatError(
-                    f"{path}: {known.name} has no hint {hint!r}, accepted hints: {accepted}"
-                )
-            return known.read(path, **hints)
+    place = Path(path)
+    for part in (subfolder, weights_file):
+        place = place if part is None else place / part
+    if not place.exists():
+        raise SAEFormatError(f"{place}: does not exist, expected an SAE checkpoint")
+    known = _format_of(place, format)
+    for hint in sorted(hints.keys() - known.hints):
+        accepted = ", ".join(sorted(known.hints)) or "none"
+        raise SAEFormatError(
+            f"{place}: {known.name} has no hint {hint!r}, accepted hints: {accepted}"
+        )
+    try:
+        sae = known.read(place, **hints)
+    except ShapeError as error:
+        raise SAEFormatError(f"{place}: {error}") from error
+    card = sae.card
+    if hook_point is not None:
+        card = replace(card, hook_point=hook_point)
+    if model_name is not None:
+        card = replace(card, model_name=model_name)
+    config = sae.config if center is None else replace(sae.config, center_input=center)
+    return sae.replaced(config=config, card=card)
+
+
+def _format_of(path: Path, name: str | None) -> Format:
+    if name is not None:
+        for known in FORMATS:
+            if known.name == name:
+                return known
+        names = ", ".join(known.name for known in FORMATS)
+        raise SAEFormatError(f"{path}: format is {name!r}, expected one of {names}")
+    fitting = [known for known in FORMATS if known.recognises(path)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(known.name for known in fitting)
+        raise SAEFormatError(
+            f"{path}: found {_found(path)}, which reads as {names}; expected the hint `format` "
+            "to say which"
+        )
     expected = "; ".join(f"{known.name} ({known.looks_like})" for known in FORMATS)
     raise SAEFormatError(f"{path}: not a known SAE format: found {_found(path)}; known: {expected}")
 

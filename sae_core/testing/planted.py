@@ -25,7 +25,9 @@ from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.model import LanguageModel, Segment
 from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
-from sae_core.sae import SAE, THRESHOLDED, Architecture, SAEConfig, SAEWeights
+from sae_core.sae import SAE
+from sae_core.sae_config import THRESHOLDED, Architecture, SAEConfig
+from sae_core.sae_weights import SAEWeights
 from sae_core.testing.models import tiny_model_folder
 
 MARGIN = 5.0
@@ -200,8 +202,8 @@ def _separate(
 def _with_latent(sae: SAE, direction: Float64[np.ndarray, " d_model"], bias: float) -> SAE:
     """`sae` with latent 0 reading `direction . x + bias`, on above a third."""
     wanted = torch.from_numpy(direction).float()
-    weights = SAEWeights(*(w.clone() for w in sae.weights if w is not None))
-    assert weights.threshold is not None
+    weights = SAEWeights(*(None if w is None else w.clone() for w in sae.weights))  # type: ignore[arg-type]
+    assert weights.threshold is not None and weights.b_enc is not None
     weights.W_enc[:, PLANTED_LATENT] = wanted
     weights.b_enc[PLANTED_LATENT] = bias + float(wanted @ weights.b_dec)
     weights.W_dec[PLANTED_LATENT] = wanted / wanted.norm()

@@ -79,7 +79,7 @@ def threshold_for_l0(
 
     Read off a histogram of pre-activations, so it is right to about one bin in `n_bins`.
     """
-    W_enc, b_enc, _, b_dec, threshold = sae.weights
+    threshold = sae.weights.threshold
     if threshold is None:
         raise TrainingError(f"a {sae.config.architecture} SAE has no threshold to set")
     top = 4.0 * max(float(threshold.max()), 1e-6)
@@ -87,8 +87,7 @@ def threshold_for_l0(
     above = 0
     with torch.inference_mode():
         for rows in torch.split(resid, CHUNK_TOKENS):
-            z = rows - b_dec if sae.config.apply_b_dec_to_input else rows
-            pre_acts = z @ W_enc + b_enc
+            pre_acts = sae.pre_acts(rows)
             above += int((pre_acts > top).sum())
             inside = pre_acts[(pre_acts > 0) & (pre_acts <= top)]
             counts += torch.histc(inside, bins=n_bins, min=0.0, max=top).double()

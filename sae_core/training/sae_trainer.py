@@ -21,11 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sae_core.formats.saelens import save_saelens
+from sae_core.formats.saelens_writer import save_saelens
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.tokenizer import load_tokenizer
-from sae_core.sae import SAE, SAEConfig, SAEWeights
+from sae_core.sae import SAE
+from sae_core.sae_config import SAECard, SAEConfig
+from sae_core.sae_weights import SAEWeights
 from sae_core.training.activations import (
     ActivationBuffer,
     ContextForward,
@@ -266,9 +268,6 @@ def write_trained(
                 d_in=d_in,
                 d_sae=d_sae,
                 apply_b_dec_to_input=True,
-                hook_point=config.hook_point,
-                model_name=model_name,
-                metadata=metadata,
             ),
             SAEWeights(
                 W_enc=trained.W_enc.bfloat16().float(),
@@ -277,6 +276,7 @@ def write_trained(
                 b_dec=trained.b_dec,
                 threshold=torch.full((d_sae,), threshold),
             ),
+            SAECard(hook_point=config.hook_point, model_name=model_name, facts=metadata),
         )
 
     half = len(resid) // 2

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sae_core import sae as sae_module
+from sae_core import ranking
 from sae_core.errors import ShapeError
-from sae_core.sae import SAE, Architecture, SAEConfig, SAEWeights
+from sae_core.sae import SAE
+from sae_core.sae_config import Architecture, SAEConfig
+from sae_core.sae_weights import SAEWeights
 
 ARCHITECTURES: tuple[Architecture, ...] = ("relu", "jumprelu", "topk", "batchtopk")
 
@@ -92,8 +94,8 @@ def test_slice_gives_the_columns_asked_for_in_their_order(architecture: Architec
 def test_topk_slice_does_not_depend_on_its_chunks(
     chunk: int, block: int, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sae_module, "CHUNK_LATENTS", chunk)
-    monkeypatch.setattr(sae_module, "BLOCK_NUMBERS", block)
+    monkeypatch.setattr(ranking, "CHUNK_LATENTS", chunk)
+    monkeypatch.setattr(ranking, "BLOCK_NUMBERS", block)
     sae = random_sae("topk", k=k)
     x = torch.randn(33, 12, generator=torch.Generator().manual_seed(2))
     ids = list(range(0, 50, 3))
@@ -118,9 +120,9 @@ def test_topk_slice_keeps_the_lowest_ids_of_a_tie() -> None:
 def test_topk_slice_of_many_tokens_never_holds_a_token_by_dictionary_array(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sae_module, "CHUNK_LATENTS", 16)
-    monkeypatch.setattr(sae_module, "BLOCK_NUMBERS", 16 * 8)
-    sae = random_sae("topk", d_sae=400)
+    monkeypatch.setattr(ranking, "CHUNK_LATENTS", 64)
+    monkeypatch.setattr(ranking, "BLOCK_NUMBERS", 64 * 8)
+    sae = random_sae("topk", d_sae=6400)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -137,7 +139,7 @@ def test_topk_slice_of_many_tokens_never_holds_a_token_by_dictionary_array(
     x = torch.randn(64, 12)
     with Watch():
         encoder(x)
-    assert 0 < largest <= 64 * 12  # the input itself; tokens x dictionary would be 25600
+    assert 0 < largest <= 64 * 64  # a tile; tokens x dictionary would be 409600
 
 
 def test_half_precision_input_is_read_as_float32() -> None:

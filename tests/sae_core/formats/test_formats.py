@@ -8,7 +8,7 @@ import pytest
 
 from sae_core.errors import SAEFormatError
 from sae_core.formats import LISTED_FILES, load_sae
-from sae_core.formats.saelens import save_saelens
+from sae_core.formats.saelens_writer import save_saelens
 from sae_core.testing.planted import planted_sae
 
 
@@ -17,7 +17,7 @@ def test_unknown_folder_lists_what_was_found_and_what_is_known(tmp_path: Path) -
     (tmp_path / "layers.1").mkdir()
     with pytest.raises(SAEFormatError) as caught:
         load_sae(tmp_path)
-    assert "found cfg.json, layers.1/; known: SAELens (a folder with cfg.json" in str(caught.value)
+    assert "found cfg.json, layers.1/; known: saelens (a folder with cfg.json" in str(caught.value)
 
 
 def test_a_long_listing_is_cut(tmp_path: Path) -> None:
@@ -39,5 +39,5 @@ def test_empty_folder_single_file_and_nothing_are_told_apart(tmp_path: Path) -> 
 
 def test_a_hint_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
     save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path)
-    with pytest.raises(SAEFormatError, match="SAELens has no hint 'k', accepted hints: none"):
+    with pytest.raises(SAEFormatError, match="saelens has no hint 'k', accepted hints: norm"):
         load_sae(tmp_path, k=3)

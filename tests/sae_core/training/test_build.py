@@ -104,7 +104,7 @@ def test_parts_fit_each_other(built: tuple[BuildInputs, Evaluation]) -> None:
     artefact = json.loads((out / "calibration" / "default.json").read_text())
     heads = load_file(out / "heads.safetensors")
     sae = load_sae(out / spec["saes"]["l9"]["path"])
-    assert sae.config.hook_point == spec["saes"]["l9"]["hook_point"] == HOOK_POINT
+    assert sae.card.hook_point == spec["saes"]["l9"]["hook_point"] == HOOK_POINT
     assert artefact["calibrated"] is True
     for cluster in spec["clusters"]:
         entry = artefact["clusters"][cluster["id"]]

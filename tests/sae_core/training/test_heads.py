@@ -8,7 +8,9 @@ import pytest
 from sae_core.aggregation import AggregateSpec
 from sae_core.evaluation.data import LabelledText
 from sae_core.evaluation.detection import auroc
-from sae_core.sae import SAE, SAEConfig, SAEWeights
+from sae_core.sae import SAE
+from sae_core.sae_config import SAEConfig
+from sae_core.sae_weights import SAEWeights
 from sae_core.training.dense_heads import (
     HeadConfig,
     choose_l2,

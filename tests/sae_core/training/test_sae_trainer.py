@@ -81,11 +81,11 @@ def test_planted_directions_are_recovered(tmp_path: Path) -> None:
     assert report.l0 == pytest.approx(CONFIG.k, rel=0.2)
     sae = load_sae(tmp_path)
     assert sae.config.architecture == "jumprelu"
-    assert sae.config.hook_point == CONFIG.hook_point
+    assert sae.card.hook_point == CONFIG.hook_point
     again = measure_sae(sae, held_out[200:])
     assert again.fvu == pytest.approx(report.fvu, rel=1e-4)
-    assert sae.config.metadata["held_out"]["l0"] == pytest.approx(report.l0)
-    assert sae.config.metadata["training"]["tokens_seen"] == trained.n_tokens
+    assert sae.card.facts["held_out"]["l0"] == pytest.approx(report.l0)
+    assert sae.card.facts["training"]["tokens_seen"] == trained.n_tokens
 
 
 def test_gradients_equal_autograd_of_the_loss() -> None:
