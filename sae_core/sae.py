@@ -103,9 +103,12 @@ class SAE:
         """The reconstruction that `latent_acts` stand for, without a skip connection.
 
         `x`, the input that gave them, is needed where it was normalised token by token; ShapeError
-        where it is needed and not given.
+        where it is needed and not given, and where the checkpoint held the encoder alone.
         """
         config, weights = self.config, self.weights
+        if weights.W_dec is None:
+            where = f" in {self.card.source}" if self.card.source else ""
+            raise ShapeError(f"W_dec: found none{where}, expected a decoder: this SAE only encodes")
         acts = latent_acts.float()
         if weights.scaling_factor is not None:
             acts = acts * weights.scaling_factor
@@ -173,5 +176,5 @@ class SAE:
     @cached_property
     def _inverse_norms(self) -> Float[Tensor, " d_sae"]:
         norms = self._store.decoder_norms(np.arange(self.config.d_sae))
-        norms = norms.to(self.weights.W_dec.device)
+        norms = norms.to(self.weights.W_enc.device)
         return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))

@@ -27,7 +27,8 @@ class SAEWeights(NamedTuple):
     W_enc: Float[Tensor, "d_in d_sae"]
     b_enc: Float[Tensor, " d_sae"] | None
     """None for `gated` only."""
-    W_dec: Float[Tensor, "d_sae d_out"]
+    W_dec: Float[Tensor, "d_sae d_out"] | None
+    """None for a checkpoint of the encoder alone, which cannot be decoded."""
     b_dec: Float[Tensor, " d_out"]
     """Of a transcoder too; what is subtracted from the input is this, so d_out is d_in there."""
     threshold: Float[Tensor, " d_sae"] | None = None
@@ -111,6 +112,8 @@ def _expected(config: SAEConfig, given: frozenset[str]) -> dict[str, tuple[int, 
         shapes["threshold"] = (d_sae,)
     if given & {"W_glu", "b_glu"}:
         shapes |= {"W_glu": (d_in, d_sae), "b_glu": (d_sae,)}
+    if "W_dec" not in given and config.decoder_norms == "unused":
+        shapes["W_dec"] = None
     if "scaling_factor" in given:
         shapes["scaling_factor"] = (d_sae,)
     if "W_skip" in given:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sae_core.errors import SAEFormatError
 from sae_core.formats.saelens import CFG, WEIGHTS
 from sae_core.sae import SAE
-from sae_core.sae_config import Architecture, SAEConfig
+from sae_core.sae_config import Architecture
 
 LAYOUT_VERSION = "6.0.0"
 """Written as `metadata.sae_lens_version`: without it SAELens 6.54 takes a folder for an old one
@@ -45,7 +45,7 @@ def save_saelens(
     are not JSON.
     """
     config = sae.config
-    _check_expressible(config, path, has_more=_has_more(sae))
+    _check_expressible(sae, path)
     metadata: dict[str, Any] = dict(sae.card.facts)
     metadata.setdefault("sae_lens_version", LAYOUT_VERSION)
     metadata["model_name"] = sae.card.model_name
@@ -82,17 +82,15 @@ def save_saelens(
         (path / (file + ".part")).replace(path / file)
 
 
-def _has_more(sae: SAE) -> bool:
-    weights = sae.weights
-    return any(w is not None for w in (weights.W_glu, weights.scaling_factor, weights.W_skip))
-
-
-def _check_expressible(config: SAEConfig, path: Path, *, has_more: bool) -> None:
+def _check_expressible(sae: SAE, path: Path) -> None:
+    config, weights = sae.config, sae.weights
+    more = (weights.W_glu, weights.scaling_factor, weights.W_skip)
     ranked = config.architecture in ("topk", "abstopk")
     problems = {
         f"architecture {config.architecture}": config.architecture not in NAMES,
         "a transcoder": config.predicts_another_place,
-        "a GLU, a scaling factor or a skip connection": has_more,
+        "a GLU, a scaling factor or a skip connection": any(w is not None for w in more),
+        "no decoder": weights.W_dec is None,
         "signed topk": config.signed,
         "one head of several": config.head_index is not None,
         "centred inputs": config.center_input,

@@ -204,6 +204,7 @@ def _with_latent(sae: SAE, direction: Float64[np.ndarray, " d_model"], bias: flo
     wanted = torch.from_numpy(direction).float()
     weights = SAEWeights(*(None if w is None else w.clone() for w in sae.weights))  # type: ignore[arg-type]
     assert weights.threshold is not None and weights.b_enc is not None
+    assert weights.W_dec is not None
     weights.W_enc[:, PLANTED_LATENT] = wanted
     weights.b_enc[PLANTED_LATENT] = bias + float(wanted @ weights.b_dec)
     weights.W_dec[PLANTED_LATENT] = wanted / wanted.norm()

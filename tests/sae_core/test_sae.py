@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,19 @@ def test_a_latent_asked_for_twice_is_refused() -> None:
 def test_impossible_configs_are_refused(change: dict[str, object], said: str) -> None:
     with pytest.raises(ShapeError, match=said):
         SAEConfig(**{"d_in": 4, "d_sae": 8, **change})  # type: ignore[arg-type]
+
+
+def test_an_encoder_alone_encodes_and_says_that_it_cannot_decode() -> None:
+    sae = random_sae("topk")
+    alone = SAE(sae.config, sae.weights._replace(W_dec=None))
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(alone.encode(x), sae.encode(x))
+    with pytest.raises(ShapeError, match="W_dec: found none, expected a decoder"):
+        alone.decode(alone.encode(x))
+
+
+def test_a_gate_that_looks_at_decoder_rows_needs_them() -> None:
+    sae = random_sae("topk")
+    config = replace(sae.config, decoder_norms="acts")
+    with pytest.raises(ShapeError, match=r"W_dec has shape None, expected \(50, 12\)"):
+        SAE(config, sae.weights._replace(W_dec=None))
