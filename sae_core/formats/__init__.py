@@ -1,6 +1,7 @@
 """Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
+sparsify             cfg.json + sae.safetensors: EleutherAI's, SAEs and transcoders
 
 A format is told by the names of its files and of what is in them, never by the shapes of its
 tensors. To add one: its module, and its row in `FORMATS`.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.saelens import is_saelens, read_saelens
+from sae_core.formats.sparsify import is_sparsify, read_sparsify
 from sae_core.sae import SAE
 
 
@@ -41,10 +43,19 @@ FORMATS: tuple[Format, ...] = (
         read=read_saelens,
         hints=frozenset({"norm_scaling_factor"}),
     ),
+    Format(
+        name="sparsify",
+        looks_like="a folder with cfg.json and sae.safetensors",
+        recognises=is_sparsify,
+        read=read_sparsify,
+        hints=frozenset({"transcode"}),
+    ),
 )
 
 LISTED_FILES = 12
 """Names of found files in a message; more would bury the sentence."""
+RELEASE_DEPTH = 3
+"""How deep releases nest their SAEs: Gemma Scope has layer, width and sparsity."""
 
 
 def load_sae(
@@ -115,8 +126,28 @@ def _format_of(path: Path, name: str | None) -> Format:
             f"{path}: found {_found(path)}, which reads as {names}; expected the hint `format` "
             "to say which"
         )
+    if inside := _saes_below(path):
+        listed = ", ".join(inside[:LISTED_FILES])
+        more = f" and {len(inside) - LISTED_FILES} more" if len(inside) > LISTED_FILES else ""
+        raise SAEFormatError(
+            f"{path}: found folders that each hold an SAE: {listed}{more}; expected one SAE, or "
+            "the hint `subfolder` to say which"
+        )
     expected = "; ".join(f"{known.name} ({known.looks_like})" for known in FORMATS)
     raise SAEFormatError(f"{path}: not a known SAE format: found {_found(path)}; known: {expected}")
+
+
+def _saes_below(path: Path, depth: int = RELEASE_DEPTH) -> list[str]:
+    """Folders of a release that hold an SAE each, relative to it."""
+    found: list[str] = []
+    for folder in sorted(path.iterdir()) if path.is_dir() and depth else ():
+        if not folder.is_dir():
+            continue
+        if any(known.recognises(folder) for known in FORMATS):
+            found.append(folder.name)
+        else:
+            found.extend(f"{folder.name}/{name}" for name in _saes_below(folder, depth - 1))
+    return found
 
 
 def _found(path: Path) -> str:

@@ -17,7 +17,8 @@ def test_unknown_folder_lists_what_was_found_and_what_is_known(tmp_path: Path) -
     (tmp_path / "layers.1").mkdir()
     with pytest.raises(SAEFormatError) as caught:
         load_sae(tmp_path)
-    assert "found cfg.json, layers.1/; known: saelens (a folder with cfg.json" in str(caught.value)
+    assert "found cfg.json, layers.1/; known: " in str(caught.value)
+    assert "; saelens (a folder with cfg.json and sae_weights.safetensors)" in str(caught.value)
 
 
 def test_a_long_listing_is_cut(tmp_path: Path) -> None:
@@ -30,11 +31,21 @@ def test_a_long_listing_is_cut(tmp_path: Path) -> None:
 def test_empty_folder_single_file_and_nothing_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(SAEFormatError, match="found an empty folder"):
         load_sae(tmp_path)
-    (tmp_path / "x.npz").touch()
-    with pytest.raises(SAEFormatError, match=r"found the file x\.npz"):
-        load_sae(tmp_path / "x.npz")
+    (tmp_path / "x.bin").touch()
+    with pytest.raises(SAEFormatError, match=r"found the file x\.bin"):
+        load_sae(tmp_path / "x.bin")
     with pytest.raises(SAEFormatError, match="nowhere: does not exist"):
         load_sae(tmp_path / "nowhere")
+
+
+def test_a_release_of_many_names_its_subfolders(tmp_path: Path) -> None:
+    for name in ("layers.1", "layers.2", "width/l0"):
+        save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path / name)
+    (tmp_path / "features").mkdir()
+    said = "each hold an SAE: layers.1, layers.2, width/l0; .* the hint `subfolder`"
+    with pytest.raises(SAEFormatError, match=said):
+        load_sae(tmp_path)
+    assert load_sae(tmp_path, subfolder="width/l0").config.d_sae == 16
 
 
 def test_a_hint_the_format_does_not_know_is_refused(tmp_path: Path) -> None:
