@@ -1,5 +1,6 @@
 """Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
+dictionary_learning  config.json + ae.pt: saprmarks/dictionary_learning, seven classes
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 sparsify             cfg.json + sae.safetensors: EleutherAI's, SAEs and transcoders
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae_core.errors import SAEFormatError, ShapeError
+from sae_core.formats.dictionary_learning import is_dictionary_learning, read_dictionary_learning
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.formats.sparsify import is_sparsify, read_sparsify
 from sae_core.sae import SAE
@@ -36,6 +38,13 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
+    Format(
+        name="dictionary_learning",
+        looks_like="a folder with config.json and ae.pt",
+        recognises=is_dictionary_learning,
+        read=read_dictionary_learning,
+        hints=frozenset({"active_groups", "fold_decoder_norms", "use_threshold"}),
+    ),
     Format(
         name="saelens",
         looks_like="a folder with cfg.json and sae_weights.safetensors",
