@@ -11,6 +11,7 @@ import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -148,7 +149,7 @@ class Mapped(Stored):
             raise SAEFormatError(f"{self.name}: cannot be read: {error}") from error
 
 
-OpenMember = Callable[[], BinaryIO]
+OpenMember = Callable[[], BufferedIOBase]
 """Opens a compressed tensor's bytes from the first number on."""
 
 

@@ -1,6 +1,7 @@
 """Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
 dictionary_learning  config.json + ae.pt: saprmarks/dictionary_learning, seven classes
+gemma_scope          params.npz: Gemma Scope, for Gemma 2
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 sparsify             cfg.json + sae.safetensors: EleutherAI's, SAEs and transcoders
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.dictionary_learning import is_dictionary_learning, read_dictionary_learning
+from sae_core.formats.gemma_scope import is_gemma_scope, read_gemma_scope
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.formats.sparsify import is_sparsify, read_sparsify
 from sae_core.sae import SAE
@@ -44,6 +46,13 @@ FORMATS: tuple[Format, ...] = (
         recognises=is_dictionary_learning,
         read=read_dictionary_learning,
         hints=frozenset({"active_groups", "fold_decoder_norms", "use_threshold"}),
+    ),
+    Format(
+        name="gemma_scope",
+        looks_like="params.npz",
+        recognises=is_gemma_scope,
+        read=read_gemma_scope,
+        hints=frozenset({"embedding_scale"}),
     ),
     Format(
         name="saelens",

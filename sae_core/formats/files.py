@@ -11,8 +11,9 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -228,11 +229,12 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _open_member(path: Path, member: str, n_header: int) -> OpenMember:
-    def opener() -> BinaryIO:
+    def opener() -> BufferedIOBase:
         with zipfile.ZipFile(path) as archive:  # an open member keeps the file open
             file = archive.open(member)
         file.read(n_header)
-        return cast(BinaryIO, file)
+        assert isinstance(file, BufferedIOBase)
+        return file
 
     return opener
 
