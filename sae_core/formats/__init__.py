@@ -2,6 +2,7 @@
 
 dictionary_learning  config.json + ae.pt: saprmarks/dictionary_learning, seven classes
 gemma_scope          params.npz: Gemma Scope, for Gemma 2
+gemma_scope_2        params.safetensors, config.json in most folders: Gemma Scope 2, for Gemma 3
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 sparsify             cfg.json + sae.safetensors: EleutherAI's, SAEs and transcoders
 
@@ -18,6 +19,7 @@ from pathlib import Path
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.dictionary_learning import is_dictionary_learning, read_dictionary_learning
 from sae_core.formats.gemma_scope import is_gemma_scope, read_gemma_scope
+from sae_core.formats.gemma_scope_2 import is_gemma_scope_2, read_gemma_scope_2
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.formats.sparsify import is_sparsify, read_sparsify
 from sae_core.sae import SAE
@@ -53,6 +55,12 @@ FORMATS: tuple[Format, ...] = (
         recognises=is_gemma_scope,
         read=read_gemma_scope,
         hints=frozenset({"embedding_scale"}),
+    ),
+    Format(
+        name="gemma_scope_2",
+        looks_like="a folder with params.safetensors",
+        recognises=is_gemma_scope_2,
+        read=read_gemma_scope_2,
     ),
     Format(
         name="saelens",
