@@ -12,7 +12,15 @@ import torch
 
 from sae_core.formats import load_sae
 
-FIXTURES = {
+PYTHIA_8 = ("blocks.8.hook_resid_post", "EleutherAI/pythia-160m-deduped")
+FIXTURES: dict[str, tuple[str | None, str | None]] = {
+    "dictionary_learning-AutoEncoder": PYTHIA_8,
+    "dictionary_learning-AutoEncoderTopK": PYTHIA_8,
+    "dictionary_learning-BatchTopKSAE": PYTHIA_8,
+    "dictionary_learning-GatedAutoEncoder": PYTHIA_8,
+    "dictionary_learning-JumpReluAutoEncoder": PYTHIA_8,
+    "gemma_scope-res": (None, None),
+    "gemma_scope_2-resid_post": ("model.layers.17.output", "google/gemma-3-1b-pt"),
     "saelens6-standard": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-layer_norm": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-hook_z": ("blocks.6.attn.hook_z", "gpt2"),
@@ -28,15 +36,28 @@ FIXTURES = {
     "saelens5-standard-res_jb_style": ("blocks.8.hook_resid_pre", "gpt2-small"),
     "saelens5-topk": ("blocks.8.hook_resid_pre", "gpt2-small"),
     "saelens5-standard-constant_norm_rescale": ("blocks.8.hook_resid_pre", "gpt2-small"),
+    "sparsify-groupmax": ("layers.1.output", None),
+    "sparsify-topk": ("layers.3.output", None),
+    "sparsify-transcoder-skip": ("layers.2.mlp.input", None),
 }
 """Each fixture, and the hook point and model that its files name."""
+
+HINTED = {
+    "acts_folded": ("dictionary_learning-AutoEncoder", {"fold_decoder_norms": True}),
+    "acts_use_threshold": ("dictionary_learning-AutoEncoderTopK", {"use_threshold": True}),
+}
+"""Other activations that the libraries give, each with its fixture and the hints for it."""
 
 
 @pytest.fixture(params=FIXTURES)
 def fixture_folder(request: pytest.FixtureRequest, shared_folder: Path) -> Path:
-    folder = shared_folder / "fixtures" / "sae" / request.param
+    return folder_of(request.param, shared_folder)
+
+
+def folder_of(name: str, shared_folder: Path) -> Path:
+    folder = shared_folder / "fixtures" / "sae" / name
     if not folder.is_dir():
-        pytest.skip(f"the shared fixture {request.param} is not beside this checkout")
+        pytest.skip(f"the shared fixture {name} is not beside this checkout")
     return folder
 
 
@@ -79,3 +100,20 @@ def test_card_says_where_it_reads(fixture_folder: Path) -> None:
     card = load_sae(fixture_folder, **case["loader_kwargs"]).card
     assert (card.hook_point, card.model_name) == FIXTURES[fixture_folder.name]
     assert str(fixture_folder) in card.source
+
+
+@pytest.mark.parametrize("output", HINTED)
+def test_hints_give_the_librarys_other_activations(output: str, shared_folder: Path) -> None:
+    name, hints = HINTED[output]
+    folder = folder_of(name, shared_folder)
+    case, expected = facts_of(folder)
+    sae = load_sae(folder, **hints)
+    acts = sae.encode(torch.from_numpy(expected["x"]))
+    assert np.array_equal(acts.numpy() != 0, expected[output] != 0)
+    assert not np.allclose(expected[output], expected["acts"])
+    assert_within(acts, expected[output], case["tolerance"])
+    if output == "acts_folded":
+        assert_within(sae.decode(acts), expected["recon"], case["tolerance"])
+    ids = case["registered"]
+    sliced = load_sae(folder, **hints).slice(ids)
+    assert torch.equal(sliced(torch.from_numpy(expected["x"])), acts[:, ids])
