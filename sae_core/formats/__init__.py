@@ -1,5 +1,7 @@
 """Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
+attention_sae        NAME.pt + NAME_cfg.json: attention outputs of GPT-2 small
+circuit_tracer       layer_N.safetensors, config.yaml beside: transcoders, one a layer
 dictionary_learning  config.json + ae.pt: saprmarks/dictionary_learning, seven classes
 gemma_scope          params.npz: Gemma Scope, for Gemma 2
 gemma_scope_2        params.safetensors, config.json in most folders: Gemma Scope 2, for Gemma 3
@@ -12,11 +14,14 @@ tensors. To add one: its module, and its row in `FORMATS`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sae_core.errors import SAEFormatError, ShapeError
+from sae_core.formats.attention_sae import is_attention_sae, read_attention_sae
+from sae_core.formats.circuit_tracer import is_circuit_tracer, read_circuit_tracer
 from sae_core.formats.dictionary_learning import is_dictionary_learning, read_dictionary_learning
 from sae_core.formats.gemma_scope import is_gemma_scope, read_gemma_scope
 from sae_core.formats.gemma_scope_2 import is_gemma_scope_2, read_gemma_scope_2
@@ -42,6 +47,18 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
+    Format(
+        name="attention_sae",
+        looks_like="NAME.pt beside NAME_cfg.json",
+        recognises=is_attention_sae,
+        read=read_attention_sae,
+    ),
+    Format(
+        name="circuit_tracer",
+        looks_like="layer_N.safetensors",
+        recognises=is_circuit_tracer,
+        read=read_circuit_tracer,
+    ),
     Format(
         name="dictionary_learning",
         looks_like="a folder with config.json and ae.pt",
@@ -167,6 +184,8 @@ def _saes_below(path: Path, depth: int = RELEASE_DEPTH) -> list[str]:
     """Folders of a release that hold an SAE each, relative to it."""
     found: list[str] = []
     for folder in sorted(path.iterdir()) if path.is_dir() and depth else ():
+        if folder.name.startswith(".") or not os.access(folder, os.R_OK | os.X_OK):
+            continue
         if not folder.is_dir():
             continue
         if any(known.recognises(folder) for known in FORMATS):

@@ -12,6 +12,7 @@ from math import sqrt
 from pathlib import Path
 from typing import NamedTuple
 
+from sae_core.errors import SAEFormatError
 from sae_core.formats.files import open_npz
 from sae_core.sae import SAE
 from sae_core.sae_config import SAECard, SAEConfig
@@ -64,9 +65,14 @@ def read_gemma_scope(path: Path, *, embedding_scale: float | None = None) -> SAE
     tensors.only(TENSORS)
     d_in, d_sae = tensors.shape("W_enc", 2)
     origin = _origin(path if path.is_dir() else path.parent)
-    scale = embedding_scale
-    if scale is None:
-        scale = sqrt(d_in) if origin.is_embedding else 1.0
+    scale = sqrt(d_in) if origin.is_embedding else 1.0
+    if embedding_scale is not None:
+        if origin.layer is not None or not embedding_scale > 0:
+            raise SAEFormatError(
+                f"{path}: embedding_scale: found {embedding_scale}, expected a positive number "
+                "for an SAE of token embeddings, and none where the path names a layer"
+            )
+        scale, origin = embedding_scale, origin._replace(is_embedding=True)
     is_transcoder = origin.site == "transcoders"
     config = SAEConfig(
         architecture="jumprelu",
@@ -78,10 +84,10 @@ def read_gemma_scope(path: Path, *, embedding_scale: float | None = None) -> SAE
         predicts_another_place=is_transcoder,
     )
     notes = [BEFORE_GAIN] if is_transcoder else []
-    if scale != 1:
+    if origin.is_embedding:
         notes.append(
-            f"It reads token embeddings that were multiplied by {scale:g}; Gemma rounds its "
-            "factor to the dtype that it runs in."
+            f"It reads token embeddings that were multiplied by {scale:g}; Gemma multiplies by "
+            "sqrt(d_model), rounded to the dtype that it runs in."
         )
     reads, predicts = _hook_points(origin, is_scaled=scale != 1)
     card = SAECard(

@@ -120,10 +120,10 @@ def test_transcoder_predicts_another_width_and_reads_before_the_gain(
 @pytest.mark.parametrize(
     ("inner", "hints", "scale"),
     [
-        ("embedding", {}, D_IN**0.5),
-        ("embedding", {"embedding_scale": 60.0}, 60.0),
-        ("embedding", {"embedding_scale": 1.0}, 1.0),
-        ("layer_0", {"embedding_scale": 60.0}, 60.0),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", {}, D_IN**0.5),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", {"embedding_scale": 60.0}, 60.0),
+        ("gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6", {"embedding_scale": 1.0}, 1.0),
+        ("renamed", {"embedding_scale": 60.0}, 60.0),
     ],
 )
 def test_embedding_sae_takes_what_the_model_multiplied(
@@ -133,16 +133,25 @@ def test_embedding_sae_takes_what_the_model_multiplied(
     scale: float,
     assert_computes: Callable[..., None],
 ) -> None:
-    path = tmp_path / f"gemma-scope-2b-pt-res/{inner}/width_4k/average_l0_6"
+    path = tmp_path / inner
     w = write(path)
     table = X.astype(np.float64)
     acts = encoded(w, table)
     recons = (acts @ w["W_dec"] + w["b_dec"]) * scale
     assert_computes(lambda: load_sae(path, **hints), table * scale, acts, recons)
     card = load_sae(path, **hints).card
-    if inner == "embedding":
-        assert card.hook_point == ("blocks.0.hook_resid_pre" if scale != 1 else None)
-    assert any(f"multiplied by {scale:g}" in note for note in card.notes) == (scale != 1)
+    assert card.hook_point == ("blocks.0.hook_resid_pre" if scale != 1 else None)
+    assert f"multiplied by {scale:g};" in card.notes[0]
+
+
+@pytest.mark.parametrize(("inner", "scale"), [("layer_0", 60.0), ("embedding", 0.0)])
+def test_embedding_scale_that_cannot_be_is_refused(
+    tmp_path: Path, inner: str, scale: float
+) -> None:
+    path = tmp_path / inner / "width_4k/average_l0_6"
+    write(path)
+    with pytest.raises(SAEFormatError, match=f"embedding_scale: found {scale}, expected a positi"):
+        load_sae(path, embedding_scale=scale)
 
 
 def test_embedding_elsewhere_in_the_path_means_nothing(tmp_path: Path) -> None:

@@ -80,6 +80,13 @@ def test_metadata_that_is_not_json_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "sae").exists()
 
 
+def test_an_encoder_without_its_decoder_is_not_written(tmp_path: Path) -> None:
+    sae = planted_sae(8, 32, architecture="relu", seed=1)
+    alone = SAE(sae.config, sae.weights._replace(W_dec=None))
+    with pytest.raises(SAEFormatError, match="found no decoder, which is not written"):
+        save_saelens(alone, tmp_path / "sae")
+
+
 def write_training_checkpoint(folder: Path, *, rescale: bool, threshold: float = 0.5) -> SAEWeights:
     """A folder as training leaves it: decoder norms unfolded, one float64 threshold."""
     generator = torch.Generator().manual_seed(5)

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from sae_core import stored
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats import load_sae
 from sae_core.formats.sparsify import CFG, RUN_CONFIG, WEIGHTS
@@ -96,6 +97,23 @@ def test_num_latents_wins_and_groupmax_keeps_one_latent_a_group(
     path = tmp_path / "h.0.mlp"
     assert_computes(lambda: load_sae(path), X, acts, acts @ w["W_dec"] + w["b_dec"])
     assert load_sae(path).card.hook_point == "h.0.mlp.output"
+
+
+@pytest.mark.parametrize("window_bytes", [50, stored.WINDOW_BYTES])
+def test_only_the_groups_asked_for_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window_bytes: int
+) -> None:
+    monkeypatch.setattr(stored, "WINDOW_BYTES", window_bytes)
+    path, x = tmp_path / "layers.3", torch.from_numpy(X)
+    write(path, NEW | {"activation": "groupmax"})
+    whole = load_sae(path).encode(x)
+    tensors = load_file(path / WEIGHTS)
+    tensors["encoder.weight"][D_SAE // K :] = torch.nan
+    save_file(tensors, path / WEIGHTS)
+    damaged = load_sae(path)
+    assert torch.equal(damaged.slice([4, 0])(x), whole[:, [4, 0]])
+    with pytest.raises(SAEFormatError, match="encoder.weight: found 36 numbers not finite"):
+        damaged.slice([6])
 
 
 def test_skip_transcoder_reads_its_module_and_adds_the_raw_input(
