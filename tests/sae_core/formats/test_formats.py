@@ -39,7 +39,7 @@ def test_empty_folder_single_file_and_nothing_are_told_apart(tmp_path: Path) -> 
 
 
 def test_a_release_of_many_names_its_subfolders(tmp_path: Path) -> None:
-    for name in ("layers.1", "layers.2", "width/l0"):
+    for name in (".cache/layers.0", "layers.1", "layers.2", "width/l0"):
         save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path / name)
     (tmp_path / "features").mkdir()
     said = "each hold an SAE: layers.1, layers.2, width/l0; .* the hint `subfolder`"
