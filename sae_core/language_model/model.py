@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_core.errors import TokenError
+from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint, locate
 from sae_core.language_model.packed import KVStream, PackedPlan, Span
 
@@ -60,6 +60,18 @@ class LanguageModel:
         self._module = module
         self._sites = {hook_point: locate(module, hook_point) for hook_point in self.hook_points}
         self._lock = Lock()  # hooks are installed for the length of a step
+
+    def can_read(self, hook_point: HookPoint) -> bool:
+        """Whether the whole model has such a place, loaded or not."""
+        if hook_point.layer >= self.config.n_layers_total:
+            return False
+        # Blocks are alike, so one that is loaded stands for those that are not.
+        like = replace(hook_point, layer=min(hook_point.layer, self.config.n_layers - 1))
+        try:
+            locate(self._module, like)
+        except HookPointError:
+            return False
+        return True
 
     def open_stream(self) -> KVStream:
         """A stream with no tokens, for use with this model only."""
