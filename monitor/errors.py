@@ -4,6 +4,7 @@
     ├── SettingsError             an impossible setting; the process refuses to start
     ├── BundleError               a bundle that cannot be read, or does not fit the model
     ├── ModelStoreError           the language model's files cannot be found or are damaged
+    ├── SAEStoreError             the files of an SAE cannot be found, or are not the sealed ones
     ├── AuditError                the audit log cannot be opened or written
     │   └── AuditChainError       a stored record does not verify
     ├── RequestError              the caller sent something that cannot be scored
@@ -37,6 +38,10 @@ class BundleError(MonitorError):
 
 class ModelStoreError(MonitorError):
     """The language model's folder is missing, unreadable, or fails its checksum."""
+
+
+class SAEStoreError(MonitorError):
+    """An SAE's files are nowhere to be had, or are not those that the bundle was sealed with."""
 
 
 class AuditError(MonitorError):
