@@ -93,7 +93,7 @@ class ServeSettings(BaseSettings):
     model: Path | None = None
     """Folder of the language model, in place of the one that the bundle names."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Where converted models are kept."""
+    """Where converted models, and the hashes of SAEs, are kept."""
 
     listen: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:50051",)
     """gRPC addresses, HOST:PORT or unix:PATH, several separated by commas; port 0 is a free one."""

@@ -13,6 +13,7 @@ from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
+from monitor.sae_store import find_saes
 from monitor.served import Served, load_served
 
 UNBOUNDED = 2**31 - 1
@@ -28,10 +29,14 @@ def load_local(
     dtype: str = "float32",
     progress: Progress = lambda what, share: None,
 ) -> Served:
-    """The bundle in `folder` with its model, loaded; see `load_bundle`, `find_model`."""
+    """The bundle in `folder` with its model and SAEs, loaded.
+
+    See `load_bundle`, `find_model` and `find_saes`.
+    """
     bundle = load_bundle(folder)
+    saes = find_saes(bundle, cache=cache, progress=progress)
     found = find_model(bundle, override=model, cache=cache, progress=progress)
-    return load_served(bundle, found.folder, found.digest, device=device, dtype=dtype)
+    return load_served(bundle, found.folder, found.digest, saes, device=device, dtype=dtype)
 
 
 @asynccontextmanager

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.table import Table
 
-from monitor.bundle import load_bundle, seal
+from monitor.bundle import Bundle, load_bundle, seal
 from monitor.cli.common import bundle_folder, err, exit_on_error, out, progress_bar
 from monitor.config import default_cache_dir
+from monitor.errors import SAEStoreError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Folder = Annotated[str, typer.Argument(help="A bundle's folder, or default.")]
@@ -24,11 +25,12 @@ Model = Annotated[Path | None, typer.Option(help="The model's folder.")]
 def show(
     folder: Folder = "default", as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
-    """What the bundle registers, and where its model is on this machine."""
+    """What the bundle registers, and where its model and SAEs are on this machine."""
     from monitor.model_store import converted_folder
 
     with exit_on_error():
         bundle = load_bundle(bundle_folder(folder))
+        saes = _sae_lines(bundle)
     if as_json:
         package = bundle.spec.model.package
         model = None if package is None else converted_folder(package, default_cache_dir())
@@ -37,12 +39,22 @@ def show(
             "folder": str(bundle.folder),
             "digest": bundle.digest,
             "model_folder": str(model) if model is not None and model.is_dir() else None,
+            "saes": saes,
             "bundle": content,
         }
         sys.stdout.write(json.dumps(line) + "\n")
         return
     out.print(f"{bundle.label}  {'sealed' if bundle.sealed else 'not sealed'}  {bundle.digest}")
     out.print(f"model {bundle.spec.model.id}")
+    for sae_id, line in saes.items():
+        hints = "".join(f" {name}={value}" for name, value in line["hints"].items())
+        out.print(
+            f"sae {sae_id} {line['origin']} at {line['hook_point']}{hints}: "
+            f"{line['path'] or line['problem']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table(box=None)
     for name in ("cluster", "severity", "stages", "latents", "dense", "flag", "alert", "title"):
         table.add_column(name)
@@ -58,6 +70,32 @@ def show(
             c.title,
         )
     out.print(table)
+
+
+def _sae_lines(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """Each SAE's place and hints, and where it is on this machine, without asking the hub."""
+    from monitor.hub import HubAccess
+    from monitor.sae_store import hub_place, locate
+
+    lines = {}
+    for sae_id, ref in bundle.spec.saes.items():
+        line: dict[str, Any] = {
+            "origin": ref.path,
+            "hook_point": ref.hook_point,
+            "hints": dict(ref.hints),
+            "path": None,
+            "problem": None,
+        }
+        try:
+            if ref.path is None:
+                place, hints = hub_place(ref)
+                line |= {"origin": f"{place.repo}@{place.revision}:{place.path}", "hints": hints}
+            found = locate(ref, bundle.folder, hub=HubAccess(), is_local_only=True)
+            line |= {"origin": found.origin, "path": str(found.path)}
+        except SAEStoreError as error:
+            line["problem"] = str(error)
+        lines[sae_id] = line
+    return lines
 
 
 @app.command()
@@ -77,20 +115,33 @@ def check(folder: Folder = "default", model: Model = None) -> None:
 
 @app.command(name="seal")
 def seal_command(folder: Folder) -> None:
-    """Writes MANIFEST.json over what the folder holds now, and prints the digest."""
-    with exit_on_error():
-        out.print(seal(bundle_folder(folder)), highlight=False)
+    """Pins SAEs that are not in the folder, writes MANIFEST.json, and prints the digest."""
+    from monitor.sae_pins import pin_saes
+
+    with exit_on_error(), progress_bar() as progress:
+        pin_saes(bundle_folder(folder), cache=default_cache_dir(), progress=progress)
+        digest = seal(bundle_folder(folder))
+    out.print(digest, highlight=False)
 
 
 @app.command()
 def fetch(folder: Folder = "default", model: Model = None) -> None:
-    """Brings the bundle's model to this machine and prints its folder and digest."""
+    """Brings the bundle's model and SAEs to this machine; prints the model's folder and digest.
+
+    Every file is read and compared with its sha256, also those that were compared before.
+    """
     from monitor.model_store import find_model
+    from monitor.sae_store import find_saes
 
     with exit_on_error(), progress_bar() as progress:
         bundle = load_bundle(bundle_folder(folder))
-        found = find_model(bundle, override=model, cache=default_cache_dir(), progress=progress)
+        cache = default_cache_dir()
+        saes = find_saes(bundle, cache=cache, again=True, progress=progress)
+        found = find_model(bundle, override=model, cache=cache, progress=progress)
     out.print(f"{found.folder}\n{found.digest}", highlight=False, soft_wrap=True)
+    for sae_id, files in saes.items():
+        line = f"sae {sae_id}: {files.path}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

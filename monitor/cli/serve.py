@@ -72,16 +72,14 @@ def demo(
     from monitor.bundle import load_bundle
     from monitor.demo import run_demo
     from monitor.model_store import find_model
+    from monitor.sae_store import find_saes
 
     with exit_on_error():
         with progress_bar() as progress:
-            # Converts the model here on the first run, where a person sees the progress.
-            find_model(
-                load_bundle(bundle_folder(bundle)),
-                override=model,
-                cache=default_cache_dir(),
-                progress=progress,
-            )
+            # Brings model and SAEs here on the first run, where a person sees the progress.
+            loaded, cache = load_bundle(bundle_folder(bundle)), default_cache_dir()
+            find_model(loaded, override=model, cache=cache, progress=progress)
+            find_saes(loaded, cache=cache, progress=progress)
         arguments = [] if model is None else ["--model", str(model)]
         run_demo(bundle=bundle, console=out, keep=keep, arguments=arguments)
 
