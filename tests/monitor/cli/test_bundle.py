@@ -130,17 +130,21 @@ def test_sae_that_is_nowhere_is_shown_as_such(on_hub: Path, tmp_path: Path) -> N
 def test_environment_of_the_hub_is_honoured(
     on_hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process of its own: huggingface_hub reads HF_HOME when it is imported."""
+    """A process of its own: huggingface_hub reads HF_HOME when it is imported.
+
+    Warnings go to stderr: what is on stdout is JSON and nothing else.
+    """
     (tmp_path / "home").mkdir()
     (tmp_path / "hub").rename(tmp_path / "home" / "hub")
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = subprocess.run(
-        [sys.executable, "-m", "monitor", "bundle", "check", str(on_hub)],
+        [sys.executable, "-m", "monitor", "score", "--bundle", str(on_hub), "--text=x", "--json"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert HOOK_POINT in done.stdout
+    assert json.loads(done.stdout)["verdict"] == "pass"
+    assert "sae_not_pinned" in done.stderr
