@@ -18,7 +18,7 @@ from monitor.local import load_local
 from monitor.sae_pins import pin_saes
 from monitor.sae_store import SAEFiles, find_saes, hub_place
 from sae_core.formats import load_sae
-from sae_core.formats.saelens import save_saelens
+from sae_core.formats.saelens_writer import save_saelens
 from sae_core.testing.planted import planted_sae
 
 REPO = "someone/saes"
