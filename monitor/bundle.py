@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -37,6 +37,8 @@ from monitor.errors import BundleError
 from monitor.records import ClusterInfo, LatentInfo, Mode, Severity, Stage
 
 MANIFEST = "MANIFEST.json"
+PROBES = "fidelity.jsonl"
+FIDELITY_FOLDER = "fidelity"
 _UNSEALED = {MANIFEST, "MANIFEST.sig", MANIFEST + ".part", "bundle.yaml.part"}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
@@ -356,6 +358,10 @@ class Bundle:
     dense_heads: Mapping[str, DenseHead]
     calibration: Mapping[str, Mapping[str, object]]
     """By the path that clusters name; parsed JSON."""
+    probes: tuple[str, ...] = ()
+    """Texts of fidelity.jsonl."""
+    fidelity: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """By SAE id: what it gives on the probe texts, from fidelity/<id>.json; parsed JSON."""
 
     @property
     def label(self) -> str:
@@ -416,6 +422,12 @@ def _load(folder: Path, hashes: Mapping[str, str], *, sealed: bool) -> Bundle:
         calibration={
             path: _read_json(folder / path)
             for path in sorted({c.calibration for c in spec.clusters if c.calibration})
+        },
+        probes=_read_probes(folder / PROBES),
+        fidelity={
+            sae_id: _read_json(folder / FIDELITY_FOLDER / f"{sae_id}.json")
+            for sae_id in spec.saes
+            if (folder / FIDELITY_FOLDER / f"{sae_id}.json").exists()
         },
     )
 
@@ -560,6 +572,25 @@ def _read_json(path: Path) -> Mapping[str, object]:
     if not isinstance(content, dict):
         raise BundleError(f"{path.name}: found {type(content).__name__}, expected an object")
     return content
+
+
+def _read_probes(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise BundleError(
+                    f"{path.name}: line {number}: found {line[:80]!r}, expected an object with text"
+                )
+            texts.append(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path.name}: not readable as JSON lines: {error}") from error
+    return tuple(texts)
 
 
 def _read_dense_heads(path: Path, spec: BundleSpec) -> dict[str, DenseHead]:

@@ -108,6 +108,9 @@ class ServeSettings(BaseSettings):
     """Floating-point type of the forward pass; auto is float32 on CPU, bfloat16 on CUDA."""
     backend: Literal["torch"] = "torch"
     """What runs the forward pass."""
+    fidelity: Literal["gate", "warn", "off"] = "gate"
+    """What happens when an SAE does not fit the stream it reads: the server does not become ready,
+    says so and serves, or does not look."""
 
     audit: str = Field(default_factory=default_audit_url)
     """URL of the audit log, sqlite:///PATH."""

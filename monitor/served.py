@@ -36,6 +36,8 @@ class Served:
 
     bundle: Bundle
     scorer: Scorer
+    saes: Mapping[str, tuple[HookPoint, SAE]]
+    """By id: where each reads and what it is; the scorer keeps the registered latents only."""
     tokenizer: Tokenizer
     plan: ClusterPlan
     provenance: Provenance
@@ -103,6 +105,7 @@ def load_served(
     return Served(
         bundle=bundle,
         scorer=scorer,
+        saes=loaded_saes,
         tokenizer=tokenizer,
         plan=ClusterPlan(
             spec=spec,
@@ -125,7 +128,8 @@ def _load_saes(bundle: Bundle, saes: Mapping[str, SAEFiles]) -> dict[str, tuple[
         found = saes[sae_id]
         try:
             hook_point = parse_hook_point(ref.hook_point)
-            loaded[sae_id] = (hook_point, load_sae(found.path, **found.hints))
+            sae = load_sae(found.path, **found.hints)  # type: ignore[arg-type]  # checked there
+            loaded[sae_id] = (hook_point, sae)
         except SAECoreError as error:
             raise BundleError(f"saes.{sae_id}: {error}") from error
     return loaded

@@ -6,9 +6,10 @@ often another model: its weights cannot be tried, but may be compared by digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,13 +17,10 @@ from torch import Tensor
 from sae_core.errors import SAECoreError
 from sae_core.fidelity import Bands, Measured, measure
 from sae_core.hook_points import parse_hook_point
+from sae_core.probe_reader import ProbeReader
 from sae_core.sae import SAE
 from sae_core.sae_config import RANKED, THRESHOLDED, SAEConfig
 from sae_core.sae_weights import SAEWeights
-
-ReadProbes = Callable[[Sequence[str], bool], Mapping[str, Float[Tensor, "n width"]]]
-"""Probe tokens' activations at the hook points named, BOS left out of the rows; the flag says
-whether the texts begin with BOS. A place that the model does not have is left out."""
 
 LAYERS_AROUND = 3
 SITES = ("hook_resid_post", "hook_resid_mid", "hook_attn_out", "hook_mlp_out")
@@ -42,30 +40,60 @@ class Cause:
 
 
 def diagnose(
-    sae: SAE, hook_point: str, bands: Bands, read: ReadProbes, *, begins_with_bos: bool
+    sae: SAE, hook_point: str, bands: Bands, reader: ProbeReader, *, with_bos: bool = True
 ) -> tuple[Cause, ...]:
     """What may be wrong with an SAE outside its bands, the likeliest first.
 
     Tries other layers and sites near by, the other habits of normalising, of `b_dec`, of gates and
-    thresholds, and texts with or without BOS. Reads the whole SAE into memory.
+    thresholds, and texts with BOS or without, other than `with_bos`. Reads the whole SAE into
+    memory.
     """
     causes: list[Cause] = []
     latent_ids = sorted(bands.firings)
-    activations = read(_places(hook_point), begins_with_bos)
+    activations = reader.read(_places(hook_point), with_bos)
     here = activations.get(hook_point)
     for place, x in activations.items():
         if place != hook_point:
             _try(causes, sae, x, latent_ids, bands, _misplaced(hook_point, place))
-    other = read([hook_point], not begins_with_bos).get(hook_point)
+    other = reader.read([hook_point], not with_bos).get(hook_point)
     if other is not None:
-        had = "with" if begins_with_bos else "without"
-        wants = "without" if begins_with_bos else "with"
+        had = "with" if with_bos else "without"
+        wants = "without" if with_bos else "with"
         what = f"BOS handled differently: texts were read {had} BOS, it fits them {wants}"
         _try(causes, sae, other, latent_ids, bands, what)
     if here is not None:
         for what, changed in _other_formulas(sae, here, bands):
             _try(causes, changed, here, latent_ids, bands, what)
     return tuple(sorted(causes, key=lambda cause: (not cause.explains, cause.distance)))
+
+
+class Place(NamedTuple):
+    """A hook point, and what an SAE gives there."""
+
+    hook_point: str
+    measured: Measured
+
+
+CLEARLY_BETTER = 0.8
+"""Share of the FVU below which another place counts as better."""
+
+
+def better_places(
+    sae: SAE, hook_point: str, measured: Measured, reader: ProbeReader
+) -> tuple[Place, ...]:
+    """Near places where the SAE reconstructs clearly better than at its own, the best first.
+
+    An SAE is at its best where it was trained: what needs no bands to be noticed.
+    """
+    if measured.fvu is None:
+        return ()
+    found = []
+    for place, x in reader.read(_places(hook_point), reader.begins_with_bos).items():
+        if place != hook_point and x.shape[-1] == sae.config.d_in:
+            there = measure(sae, x)
+            if there.fvu is not None and there.fvu < CLEARLY_BETTER * measured.fvu:
+                found.append(Place(place, there))
+    return tuple(sorted(found, key=lambda place: place.measured.fvu or 0.0))
 
 
 def _try(

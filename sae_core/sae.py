@@ -30,6 +30,8 @@ from sae_core.sae_weights import SAEStore, SAEWeights
 
 CHUNK_LATENTS = 8192
 """Latents that `reconstruct` holds at a time."""
+SMALL_NUMBERS = 2**24
+"""Size of an encoder that `reconstruct` reads whole (64 MiB of float32): chunks cost more."""
 
 
 class Reconstruction(NamedTuple):
@@ -133,7 +135,7 @@ class SAE:
         of it; a ranked gate needs its whole encoder.
         """
         config, store = self.config, self._store
-        if config.architecture in RANKED:
+        if config.architecture in RANKED or config.d_in * config.d_sae <= SMALL_NUMBERS:
             acts = self.encode(x)
             watched = acts[:, list(latent_ids)]
             return Reconstruction(self._with_skip(self.decode(acts, x), x), _l0(acts), watched)

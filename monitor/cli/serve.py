@@ -36,6 +36,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     backend: Annotated[str | None, typer.Option(help="torch.")] = None,
+    fidelity: Annotated[
+        str | None, typer.Option(help="An SAE that does not fit: gate, warn or off.")
+    ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where converted models are.")] = None,
     reflection: Annotated[bool | None, typer.Option(help="Serve gRPC reflection.")] = None,
     max_message_bytes: Annotated[int | None, typer.Option(help="Largest gRPC message.")] = None,

@@ -48,6 +48,7 @@ CODES: Mapping[type[errors.MonitorError], grpc.StatusCode] = {
     errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
+    errors.UnfitError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.ActivationError: grpc.StatusCode.FAILED_PRECONDITION,
 }

@@ -39,7 +39,7 @@ FORMATS: tuple[Format, ...] = (
         looks_like="a folder with cfg.json and sae_weights.safetensors",
         recognises=is_saelens,
         read=read_saelens,
-        hints=frozenset({"norm_scaling_factor"}),
+        hints=frozenset({"norm_scaling_factor", "normalize_activations"}),
     ),
 )
 
@@ -75,6 +75,10 @@ def load_sae(
     Raises:
         SAEFormatError: names file, key, what was found and what was expected.
     """
+    _check_types(path, subfolder=subfolder, weights_file=weights_file, format=format)
+    _check_types(path, hook_point=hook_point, model_name=model_name)
+    if center is not None and type(center) is not bool:
+        raise SAEFormatError(f"{path}: hint center: found {center!r}, expected true or false")
     place = Path(path)
     for part in (subfolder, weights_file):
         place = place if part is None else place / part
@@ -97,6 +101,12 @@ def load_sae(
         card = replace(card, model_name=model_name)
     config = sae.config if center is None else replace(sae.config, center_input=center)
     return sae.replaced(config=config, card=card)
+
+
+def _check_types(path: str | Path, **texts: object) -> None:
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise SAEFormatError(f"{path}: hint {name}: found {value!r}, expected text")
 
 
 def _format_of(path: Path, name: str | None) -> Format:
