@@ -53,7 +53,7 @@ class Scorer:
 
     Raises:
         HeadError: The heads' SAEs are not those given, or a cluster does not fit them.
-        ShapeError: An SAE's d_in is not the model's d_model.
+        ShapeError: An SAE's d_in is not the width at its hook point.
         HookPointError: An SAE or dense head reads where the language model was not told to.
     """
 
@@ -67,12 +67,7 @@ class Scorer:
         if set(saes) != set(heads.sae_ids):
             found, expected = sorted(saes), sorted(heads.sae_ids)
             raise HeadError(f"SAEs given are {found}, the heads were built for {expected}")
-        d_model, device = language_model.config.d_model, language_model.config.device
-        for sae_id, (_, sae) in saes.items():
-            if sae.config.d_in != d_model:
-                found_width = f"d_in is {sae.config.d_in}"
-                raise ShapeError(f"SAE {sae_id!r}: {found_width}, the model's d_model is {d_model}")
-        heads.check_fit({sae_id: sae.config.d_sae for sae_id, (_, sae) in saes.items()}, d_model)
+        device, widths = language_model.config.device, language_model.widths
         read = {f"SAE {sae_id!r}": str(hook_point) for sae_id, (hook_point, _) in saes.items()}
         read |= {
             f"dense head of cluster {c.id!r}": c.dense_hook_point
@@ -84,6 +79,14 @@ class Scorer:
             if name not in loaded:
                 expected_places = ", ".join(loaded)
                 raise HookPointError(f"{reader} reads {name}, the model gives {expected_places}")
+        for sae_id, (hook_point, sae) in saes.items():
+            if sae.config.d_in != widths[hook_point]:
+                raise ShapeError(
+                    f"SAE {sae_id!r}: d_in is {sae.config.d_in}, "
+                    f"the model's {hook_point} is {widths[hook_point]} wide"
+                )
+        d_sae = {sae_id: sae.config.d_sae for sae_id, (_, sae) in saes.items()}
+        heads.check_fit(d_sae, {str(hook_point): n for hook_point, n in widths.items()})
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.heads = heads.to(device)
@@ -133,7 +136,7 @@ class Scorer:
         return StepScores(tuple(scores), forward_ended - began, perf_counter() - forward_ended)
 
     def score_resid(
-        self, resid: Mapping[HookPoint, Float[Tensor, "n d_model"]]
+        self, resid: Mapping[HookPoint, Float[Tensor, "n _"]]
     ) -> tuple[Float32[np.ndarray, "n n_clusters 3"], Float32[np.ndarray, "n n_latents"]]:
         """Logits and latent activations of tokens whose residual streams are already known.
 
@@ -151,7 +154,7 @@ class Scorer:
 
     def _check_finite(
         self,
-        resid: Mapping[HookPoint, Float[Tensor, "n d_model"]],
+        resid: Mapping[HookPoint, Float[Tensor, "n _"]],
         segments: Sequence[Segment],
         lengths: Mapping[int, tuple[KVStream, int]],
     ) -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError, TokenError
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
-from sae_core.hook_points import HookPoint
+from sae_core.hook_points import HookPoint, ModulePath
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
 from sae_core.language_model.tokenizer import load_tokenizer
@@ -310,13 +310,40 @@ def test_parts_that_do_not_fit_are_refused(one_folder: Path) -> None:
         HeadError, match=r"SAEs given are \['b'\], the heads were built for \['a'\]"
     ):
         Scorer(model, tokenizer, {"b": (EARLY, small)}, one)
-    with pytest.raises(ShapeError, match="SAE 'a': d_in is 31, the model's d_model is 32"):
+    with pytest.raises(ShapeError, match="d_in is 31, the model's blocks.0.hook_resid_post is 32"):
         Scorer(model, tokenizer, {"a": (EARLY, narrow)}, one)
     with pytest.raises(HeadError, match="cluster 'x': latent 20 of SAE 'a', expected 0 to 19"):
         Scorer(model, tokenizer, {"a": (EARLY, small)}, one)
     dense = Cluster(id="y", dense_weight=np.ones(D_MODEL, np.float32), dense_hook_point=str(LATE))
     with pytest.raises(HookPointError, match="cluster 'y' reads blocks.1.hook_resid_post, the mod"):
         Scorer(model, tokenizer, {}, ClusterHeads([dense], []))
+
+
+def test_each_reader_is_as_wide_as_the_place_it_reads(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "llama", head_dim=12)
+    heads_out, neurons = HookPoint(1, "z"), ModulePath("layers.0.mlp.down_proj", "input")
+    model, tokenizer = load_language_model(folder, [heads_out, neurons]), load_tokenizer(folder)
+    sae = planted_sae(48, 20, architecture="relu", seed=0)
+    weight = np.linspace(-1, 1, 64, dtype=np.float32)
+    cluster = Cluster(
+        id="x",
+        latents=tuple(term("z", i, 2.0, 1.0) for i in range(20)),
+        dense_weight=weight,
+        dense_hook_point=str(neurons),
+    )
+    scorer = Scorer(model, tokenizer, {"z": (heads_out, sae)}, ClusterHeads([cluster], ["z"]))
+    ids = [5, 6, 7, 8]
+    scores = scorer.step([Segment(scorer.open_stream(), ids)]).segments[0].logits[:, 0]
+    acts = model.step([Segment(model.open_stream(), ids)])
+    latents = [encode(sae, x)[0].sum() for x in acts[heads_out].double().numpy()]
+    expected = np.stack([acts[neurons].double().numpy() @ weight, 2.0 * np.array(latents)], -1)
+    assert np.abs(expected).min() > 0
+    assert np.allclose(scores[:, 1:], expected, atol=1e-5)
+    with pytest.raises(ShapeError, match=r"d_in is 48, the model's layers\.0\..*input is 64 wide"):
+        Scorer(model, tokenizer, {"z": (neurons, sae)}, ClusterHeads([cluster], ["z"]))
+    short = Cluster(id="y", dense_weight=weight, dense_hook_point=str(heads_out))
+    with pytest.raises(HeadError, match=r"has 64 entries, blocks\.1\.attn\.hook_z is 48 wide"):
+        Scorer(model, tokenizer, {}, ClusterHeads([short], []))
 
 
 def test_segment_scores_do_not_share_memory(one_folder: Path) -> None:
