@@ -5,6 +5,7 @@ checkpoint tensors of a model folder by the module's names, fused where the modu
 model      LanguageModel: one packed step over many streams, activations at the hook points
 families   a table: where each architecture keeps its parts
 sites      a hook point -> the module that carries it
+processing Hugging Face's activations -> those of a processed TransformerLens model
 packed     attention over a ragged batch, each stream against its own keys and values
 tokenizer  text and conversations -> token ids with roles
 gguf       a GGUF file -> a checked model folder in bfloat16

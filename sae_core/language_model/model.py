@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.packed import KVStream, PackedPlan, Span
+from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
 from sae_core.language_model.sites import canonical, locate
 
 
@@ -84,6 +85,10 @@ class LanguageModel:
     def canonical(self, hook_point: HookPoint) -> HookPoint:
         """The named site that a module path means here; see `sites.canonical`."""
         return canonical(self._module, hook_point)
+
+    def processed_shift(self, hook_point: HookPoint, processing: Processing) -> ProcessedShift:
+        """From activations here to a processed TransformerLens model's; see `processing`."""
+        return processed_shift(self._module, hook_point, processing)
 
     def step(self, segments: Sequence[Segment]) -> dict[HookPoint, Float[Tensor, "total_tokens _"]]:
         """The activations at every hook point, for all new tokens in segment order.
