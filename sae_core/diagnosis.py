@@ -49,6 +49,7 @@ def diagnose(
     memory.
     """
     causes: list[Cause] = []
+    hook_point = reader.canonical(hook_point)
     latent_ids = sorted(bands.firings)
     activations = reader.read(_places(hook_point), with_bos)
     here = activations.get(hook_point)
@@ -88,6 +89,7 @@ def better_places(
     if measured.fvu is None:
         return ()
     found = []
+    hook_point = reader.canonical(hook_point)
     for place, x in reader.read(_places(hook_point), reader.begins_with_bos).items():
         if place != hook_point and x.shape[-1] == sae.config.d_in:
             there = measure(sae, x)

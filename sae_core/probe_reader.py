@@ -43,6 +43,10 @@ class ProbeReader:
         ids = self._tokenizer.encode(self._texts[0])
         return bool(ids) and ids[0] == self._tokenizer.bos_id
 
+    def canonical(self, name: str) -> str:
+        """The named site that a module path means in this model; other names stay as they are."""
+        return str(self._model.canonical(parse_hook_point(name)))
+
     def read(self, names: Sequence[str], with_bos: bool) -> Mapping[str, Float[Tensor, "n width"]]:
         """Activations by hook point, a row per token but BOS; what the model lacks is left out."""
         points = {name: parse_hook_point(name) for name in names}

@@ -186,9 +186,12 @@ def _fidelity_table(one: SAEFidelity) -> Table:
         outside = any(problem.startswith(word) for problem in one.problems)
         table.add_row(name, number(value), expected, "OUTSIDE" if outside else "ok")
 
-    row("FVU", m.fvu, f"<= {number(b.fvu_max)}", "FVU")
-    row("FVU, median dimension", m.fvu_median, f"<= {number(b.fvu_median_max)}", "median")
-    row("L0", m.l0, f"{number(b.l0_min)} to {number(b.l0_max)}", "L0")
+    def band(least: float | None, most: float | None) -> str:
+        return f"{number(least)} to {number(most)}"
+
+    row("FVU", m.fvu, band(b.fvu_min, b.fvu_max), "FVU")
+    row("FVU, median dimension", m.fvu_median, band(b.fvu_median_min, b.fvu_median_max), "median")
+    row("L0", m.l0, band(b.l0_min, b.l0_max), "L0")
     agreement = b.firing_agreement(m)
     row("registered latents fire as before", agreement, ">= 0.5", "registered")
     for cause in one.causes:

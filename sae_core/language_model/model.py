@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sae_core.errors import HookPointError, TokenError
-from sae_core.hook_points import HookPoint
+from sae_core.hook_points import HookPoint, ModulePath
 from sae_core.language_model.packed import KVStream, PackedPlan, Span
 from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
 from sae_core.language_model.sites import canonical, locate
@@ -68,12 +68,14 @@ class LanguageModel:
 
     def can_read(self, hook_point: HookPoint) -> bool:
         """Whether the whole model has such a place, loaded or not."""
-        if hook_point.layer >= self.config.n_layers_total:
+        n_layers, n_layers_total = self.config.n_layers, self.config.n_layers_total
+        if hook_point.layer >= n_layers_total:
             return False
-        # Blocks are alike, so one that is loaded stands for those that are not.
-        like = replace(hook_point, layer=min(hook_point.layer, self.config.n_layers - 1))
+        if hook_point.layer >= n_layers and not isinstance(hook_point, ModulePath):
+            # Blocks are alike, so one that is loaded stands for those that are not.
+            hook_point = replace(hook_point, layer=n_layers - 1)
         try:
-            locate(self._module, like)
+            locate(self._module, hook_point)
         except HookPointError:
             return False
         return True

@@ -1,4 +1,4 @@
-"""SAEs that fit a stream without training: its principal directions, each with both signs.
+"""SAEs that fit a stream without training: its strongest directions, each with both signs.
 
 They reconstruct the stream they were made from and, like trained ones, no other: what tests of
 fidelity need, in milliseconds.
@@ -19,11 +19,11 @@ def principal_sae(
     x: Float[Tensor, "n d_in"],
     *,
     k: int | None = None,
-    threshold: float = 0.3,
+    threshold: float = 0.6,
     input_scale: float = 1.0,
     hook_point: str | None = None,
 ) -> SAE:
-    """An SAE of 2 x d_in latents that fits `x`.
+    """An SAE of d_in latents that fits `x`: both signs of the d_in / 2 strongest directions.
 
     Args:
         k: For a TopK SAE; None makes a JumpReLU one.
@@ -35,12 +35,13 @@ def principal_sae(
     _, singular, directions = torch.linalg.svd(scaled - mean, full_matrices=False)
     missing = x.shape[1] - len(directions)
     assert missing == 0, "needs at least d_in tokens"
-    W_dec = torch.cat((directions, -directions))
-    deviations = (singular / len(x) ** 0.5).repeat(2)
+    half = max(1, x.shape[1] // 2)
+    W_dec = torch.cat((directions[:half], -directions[:half]))
+    deviations = (singular[:half] / len(x) ** 0.5).repeat(2)
     config = SAEConfig(
         architecture="jumprelu" if k is None else "topk",
         d_in=x.shape[1],
-        d_sae=2 * x.shape[1],
+        d_sae=2 * half,
         k=k,
         input_scale=input_scale,
         output_scale=input_scale,

@@ -70,8 +70,9 @@ def test_one_token_is_too_few() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"fvu": 0.26}, "FVU is 0.26, expected at most 0.25"),
-        ({"fvu_median": 0.51}, "median FVU over dimensions is 0.51, expected at most 0.5"),
+        ({"fvu": 0.26}, "FVU is 0.26, expected 0.16 to 0.25"),
+        ({"fvu": 0.15}, "FVU is 0.15, expected 0.16 to 0.25"),
+        ({"fvu_median": 0.51}, "median FVU over dimensions is 0.51, expected 0.32 to 0.5"),
         ({"l0": 12.6}, "L0 is 12.6, expected 7.5 to 12.5"),
         ({"l0": 7.4}, "L0 is 7.4, expected 7.5 to 12.5"),
         ({"n_tokens": 41}, "the probe texts have 41 tokens, expected 40"),
@@ -79,8 +80,8 @@ def test_one_token_is_too_few() -> None:
             {"firings": {3: 5, 5: 0, 9: 4}},
             "fire as expected in 18% of cases, expected at least 50%",
         ),
-        ({"fvu": float("nan")}, "FVU is nan, expected at most 0.25"),
-        ({"fvu": None}, "FVU is not measured, expected at most 0.25"),
+        ({"fvu": float("nan")}, "FVU is nan, expected 0.16 to 0.25"),
+        ({"fvu": None}, "FVU is not measured, expected 0.16 to 0.25"),
     ],
 )
 def test_what_lies_outside_is_said_with_both_numbers(change: dict[str, object], said: str) -> None:
