@@ -19,6 +19,7 @@ from sae_core.fidelity import Bands, Measured, measure
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel
+from sae_core.language_model.processing import DEFAULT_PROCESSING
 from sae_core.probe_reader import ProbeReader
 
 NAMED_CAUSES = 3
@@ -100,7 +101,7 @@ def measure_fidelity(served: Served, sae_id: str) -> tuple[Measured, tuple[Place
         BundleError: The bundle has no probe texts.
     """
     try:
-        reader = _reader(served)
+        reader = _reader(served, sae_id)
         measured, hook_point = _measure(served, sae_id, reader)
         sae = served.saes[sae_id][1].replaced()
         return measured, better_places(sae, hook_point, measured, reader)
@@ -117,7 +118,7 @@ def gate(served: Served) -> None:
 
 def _judge(served: Served, sae_id: str, bands: Bands, *, explain: bool) -> SAEFidelity:
     began = perf_counter()
-    reader = _reader(served)
+    reader = _reader(served, sae_id)
     measured, hook_point = _measure(served, sae_id, reader)
     problems = bands.problems(measured)
     causes: tuple[Cause, ...] = ()
@@ -149,14 +150,21 @@ def _measure(served: Served, sae_id: str, reader: ProbeReader) -> tuple[Measured
     return measure(sae, read[hook_point], latent_ids, target=target), hook_point
 
 
-def _reader(served: Served) -> ProbeReader:
+def _reader(served: Served, sae_id: str) -> ProbeReader:
     bundle, model = served.bundle, served.scorer.language_model
     if not bundle.probes:
         raise BundleError(
             f"bundle: found no {PROBES} in {bundle.folder}, expected probe texts for its SAEs "
             "(`sae-monitor bundle measure` writes some)"
         )
-    return ProbeReader(model, _loader(model), served.tokenizer, bundle.probes)
+    processed = served.saes[sae_id][1].card.processing == "default"
+    return ProbeReader(
+        model,
+        _loader(model),
+        served.tokenizer,
+        bundle.probes,
+        processing=DEFAULT_PROCESSING if processed else None,
+    )
 
 
 def _loader(model: LanguageModel) -> Callable[[Sequence[HookPoint]], LanguageModel]:

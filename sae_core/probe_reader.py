@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae_core.errors import FidelityError
+from sae_core.errors import FidelityError, HookPointError
 from sae_core.hook_points import HookPoint, parse_hook_point
 from sae_core.language_model.model import LanguageModel, Segment
+from sae_core.language_model.processing import Processing
 from sae_core.language_model.tokenizer import Tokenizer
 
 STEP_TOKENS = 2048
@@ -27,14 +29,22 @@ class ProbeReader:
         model: The model as it is loaded; used where it reads all that is asked for.
         load: Loads the same model for other hook points.
         texts: At least one.
+        processing: Of the TransformerLens model whose activations are wanted; None for the model's
+            own.
     """
 
     def __init__(
-        self, model: LanguageModel, load: LoadModel, tokenizer: Tokenizer, texts: Sequence[str]
+        self,
+        model: LanguageModel,
+        load: LoadModel,
+        tokenizer: Tokenizer,
+        texts: Sequence[str],
+        *,
+        processing: Processing | None = None,
     ) -> None:
         if not texts:
             raise FidelityError("probe texts: found none, expected at least one")
-        self._model, self._load = model, load
+        self._model, self._load, self._processing = model, load, processing
         self._tokenizer, self._texts = tokenizer, tuple(texts)
 
     @property
@@ -63,7 +73,14 @@ class ProbeReader:
             for name, point in there.items():
                 found = read[point]
                 rows[name].append(found[kept.to(found.device)])
-        return {name: torch.cat(parts) for name, parts in rows.items()}
+        joined = {name: torch.cat(parts) for name, parts in rows.items()}
+        if self._processing is None:
+            return joined
+        converted: dict[str, Tensor] = {}
+        for name, x in joined.items():
+            with suppress(HookPointError):  # a place that cannot be converted is left out
+                converted[name] = model.processed_shift(there[name], self._processing)(x)
+        return converted
 
     def _batches(self, with_bos: bool) -> list[list[list[int]]]:
         batches: list[list[list[int]]] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.saelens import is_saelens, read_saelens
@@ -56,6 +57,7 @@ def load_sae(
     hook_point: str | None = None,
     model_name: str | None = None,
     center: bool | None = None,
+    processing: str | None = None,
     **hints: object,
 ) -> SAE:
     """The SAE at `path`, a folder or a file of any format in `FORMATS`.
@@ -69,6 +71,8 @@ def load_sae(
         hook_point: Where it reads, over what its files say.
         model_name: The model that it was trained on, over what its files say.
         center: Whether it reads x - mean(x), as SAEs of centred models do.
+        processing: `default` for one trained on a model that TransformerLens had processed, `none`
+            otherwise; the scorer converts activations, or refuses.
         hints: Facts that a format leaves out of its files, such as `k`; one that the format does
             not know is refused.
 
@@ -77,6 +81,10 @@ def load_sae(
     """
     _check_types(path, subfolder=subfolder, weights_file=weights_file, format=format)
     _check_types(path, hook_point=hook_point, model_name=model_name)
+    if processing not in (None, "none", "default"):
+        raise SAEFormatError(
+            f"{path}: hint processing: found {processing!r}, expected none or default"
+        )
     if center is not None and type(center) is not bool:
         raise SAEFormatError(f"{path}: hint center: found {center!r}, expected true or false")
     place = Path(path)
@@ -99,6 +107,8 @@ def load_sae(
         card = replace(card, hook_point=hook_point)
     if model_name is not None:
         card = replace(card, model_name=model_name)
+    if processing is not None:
+        card = replace(card, processing=cast('Literal["none", "default"]', processing))
     config = sae.config if center is None else replace(sae.config, center_input=center)
     return sae.replaced(config=config, card=card)
 
