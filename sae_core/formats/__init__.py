@@ -1,5 +1,11 @@
 """Checkpoints on disk -> SAE: one module per format, and the one door to them all.
 
+goodfire             *.pt, *.pth with encoder_linear.*: Goodfire, qresearch
+llama_scope          hyperparams.json + checkpoints/final.safetensors: lm-saes 1.0
+llama_scope_r1       config.json + sae_weights.safetensors with encoder.*: lm-saes 2.0 beta
+llamascopium         config.json + sae_weights.safetensors or .pt with W_E
+openai               *.pt with pre_bias and latent_bias: GPT-2 small
+qwen_scope           layer<N>.sae.pt
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 
 A format is told by the names of its files and of what is in them, never by the shapes of its
@@ -14,6 +20,12 @@ from pathlib import Path
 from typing import Literal, cast
 
 from sae_core.errors import SAEFormatError, ShapeError
+from sae_core.formats.goodfire import is_goodfire, read_goodfire
+from sae_core.formats.llama_scope import is_llama_scope, read_llama_scope
+from sae_core.formats.llama_scope_r1 import is_llama_scope_r1, read_llama_scope_r1
+from sae_core.formats.llamascopium import is_llamascopium, read_llamascopium
+from sae_core.formats.openai import is_openai, read_openai
+from sae_core.formats.qwen_scope import is_qwen_scope, read_qwen_scope
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.sae import SAE
 
@@ -35,6 +47,45 @@ class Format:
 
 
 FORMATS: tuple[Format, ...] = (
+    Format(
+        name="goodfire",
+        looks_like="a .pt or .pth file with encoder_linear.weight, or encoder.* and decoder.* only",
+        recognises=is_goodfire,
+        read=read_goodfire,
+        hints=frozenset({"k"}),
+    ),
+    Format(
+        name="llama_scope",
+        looks_like="a folder with hyperparams.json and checkpoints/final.safetensors",
+        recognises=is_llama_scope,
+        read=read_llama_scope,
+        hints=frozenset({"training_scale"}),
+    ),
+    Format(
+        name="llama_scope_r1",
+        looks_like="a folder with config.json and sae_weights.safetensors with encoder.weight",
+        recognises=is_llama_scope_r1,
+        read=read_llama_scope_r1,
+    ),
+    Format(
+        name="llamascopium",
+        looks_like="a folder with config.json and sae_weights.safetensors or .pt with W_E",
+        recognises=is_llamascopium,
+        read=read_llamascopium,
+    ),
+    Format(
+        name="openai",
+        looks_like="a .pt file with pre_bias and latent_bias",
+        recognises=is_openai,
+        read=read_openai,
+    ),
+    Format(
+        name="qwen_scope",
+        looks_like="a file layer<N>.sae.pt with W_enc and W_dec",
+        recognises=is_qwen_scope,
+        read=read_qwen_scope,
+        hints=frozenset({"k"}),
+    ),
     Format(
         name="saelens",
         looks_like="a folder with cfg.json and sae_weights.safetensors",

@@ -262,7 +262,7 @@ def torch_tensors(path: Path, content: Mapping[str, Any]) -> Tensors:
     found: dict[str, Stored] = {
         name: InMemory(value, f"{path}: {name}")
         for name, value in content.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
     }
     return Tensors(path, found)
 

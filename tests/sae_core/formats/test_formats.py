@@ -17,7 +17,8 @@ def test_unknown_folder_lists_what_was_found_and_what_is_known(tmp_path: Path) -
     (tmp_path / "layers.1").mkdir()
     with pytest.raises(SAEFormatError) as caught:
         load_sae(tmp_path)
-    assert "found cfg.json, layers.1/; known: saelens (a folder with cfg.json" in str(caught.value)
+    assert "found cfg.json, layers.1/; known: " in str(caught.value)
+    assert "; saelens (a folder with cfg.json and " in str(caught.value)
 
 
 def test_a_long_listing_is_cut(tmp_path: Path) -> None:

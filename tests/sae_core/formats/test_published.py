@@ -13,6 +13,11 @@ import torch
 from sae_core.formats import load_sae
 
 FIXTURES = {
+    "goodfire-llama-3.1-8b": ("blocks.19.hook_resid_post", "Llama-3.1-8B-Instruct"),
+    "llama_scope-jumprelu": ("blocks.15.hook_resid_post", None),
+    "llamascopium-jumprelu-dataset_wise": ("blocks.5.hook_resid_post", None),
+    "openai-topk-layernorm": (None, None),
+    "qwen_scope-topk": ("blocks.12.hook_resid_post", None),
     "saelens6-standard": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-layer_norm": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-hook_z": ("blocks.6.attn.hook_z", "gpt2"),
@@ -29,7 +34,7 @@ FIXTURES = {
     "saelens5-topk": ("blocks.8.hook_resid_pre", "gpt2-small"),
     "saelens5-standard-constant_norm_rescale": ("blocks.8.hook_resid_pre", "gpt2-small"),
 }
-"""Each fixture, and the hook point and model that its files name."""
+"""Each fixture, and the hook point and model that its files name; None where they do not."""
 
 
 @pytest.fixture(params=FIXTURES)
@@ -79,3 +84,15 @@ def test_card_says_where_it_reads(fixture_folder: Path) -> None:
     card = load_sae(fixture_folder, **case["loader_kwargs"]).card
     assert (card.hook_point, card.model_name) == FIXTURES[fixture_folder.name]
     assert str(fixture_folder) in card.source
+
+
+def test_llama_scope_in_training_scale_is_as_saelens_reads_it(shared_folder: Path) -> None:
+    folder = shared_folder / "fixtures" / "sae" / "llama_scope-jumprelu"
+    if not folder.is_dir():
+        pytest.skip("the shared fixture llama_scope-jumprelu is not beside this checkout")
+    case, expected = facts_of(folder)
+    sae = load_sae(folder, training_scale=True)
+    acts = sae.encode(torch.from_numpy(expected["x"]))
+    assert np.array_equal(acts.numpy() != 0, expected["acts_training_scale"] != 0)
+    assert_within(acts, expected["acts_training_scale"], case["tolerance"])
+    assert_within(sae.decode(acts), expected["recon"], case["tolerance"])
