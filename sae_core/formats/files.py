@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import tokenize
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_core.errors import SAEFormatError
-from sae_core.stored import InMemory, Mapped, OpenMember, Stored, Streamed
+from sae_core.stored import DAMAGED_ARCHIVE, InMemory, Mapped, OpenMember, Stored, Streamed
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -28,6 +31,20 @@ SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+DAMAGED_TORCH = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+)
+"""What `torch.load` raises for damaged bytes; the second half comes out of its unpickler as is."""
 NPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 
 
@@ -186,7 +203,7 @@ def open_npz(path: Path) -> Tensors:
                 if info.filename.endswith(".npy"):
                     name = info.filename.removesuffix(".npy")
                     found[name] = _npy(path, archive, info, name)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (*DAMAGED_ARCHIVE, SyntaxError, tokenize.TokenError) as error:
         raise SAEFormatError(f"{path}: cannot be read as npz: {error}") from error
     return Tensors(path, found)
 
@@ -228,11 +245,11 @@ def _data_offset(path: Path, info: zipfile.ZipInfo) -> int:
 
 
 def _open_member(path: Path, member: str, n_header: int) -> OpenMember:
-    def opener() -> BinaryIO:
+    def opener() -> BufferedIOBase:
         with zipfile.ZipFile(path) as archive:  # an open member keeps the file open
             file = archive.open(member)
         file.read(n_header)
-        return cast(BinaryIO, file)
+        return cast(BufferedIOBase, file)
 
     return opener
 
@@ -247,7 +264,7 @@ def load_torch(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # files from before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED_TORCH as error:
         reason = " ".join(str(error).split())[:200]
         raise SAEFormatError(
             f"{path}: cannot be read as tensors and plain values only: {reason}"
