@@ -271,6 +271,8 @@ def load_torch(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise SAEFormatError(f"{path}: found {type(content).__name__}, expected a mapping")
+    if other := [key for key in content if not isinstance(key, str)]:
+        raise SAEFormatError(f"{path}: found the key {other[0]!r:.200}, expected names")
     return content
 
 

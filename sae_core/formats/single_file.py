@@ -45,7 +45,7 @@ def names_in(path: Path) -> frozenset[str]:
             return frozenset()
     elif path.suffix not in SUFFIXES:
         return frozenset()
-    return frozenset(name for name in load_torch(torch_file(path)) if isinstance(name, str))
+    return frozenset(load_torch(torch_file(path)))
 
 
 def checked_k(file: Path, k: int | None) -> int | None:
