@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import numpy as np
@@ -25,6 +27,7 @@ from pydantic import (
     FiniteFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from safetensors import SafetensorError
@@ -34,7 +37,10 @@ from monitor.errors import BundleError
 from monitor.records import ClusterInfo, LatentInfo, Mode, Severity, Stage
 
 MANIFEST = "MANIFEST.json"
-_UNSEALED = {MANIFEST, "MANIFEST.sig"}
+PROBES = "fidelity.jsonl"
+FIDELITY_FOLDER = "fidelity"
+_UNSEALED = {MANIFEST, "MANIFEST.sig", MANIFEST + ".part", "bundle.yaml.part"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
 PositiveFinite = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -57,11 +63,106 @@ class ModelRef(_Data):
     weights_digest: str | None = None
 
 
-class SAERef(_Data):
-    """One sparse autoencoder: where its folder is and the stream it reads."""
+def _stays_inside(path: str) -> bool:
+    return not (path.startswith("/") or ".." in path.split("/") or "\\" in path)
 
-    path: str
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Scalar = str | int | float | bool
+
+
+class HubRef(_Data):
+    """A folder or file in a repository of the Hugging Face hub."""
+
+    repo: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+$")]
+    revision: Annotated[str, Field(min_length=1)] = "main"
+    """Branch, tag or commit; sealing replaces it by the commit."""
+    path: str = "."
+    """Inside the repository; `.` means the files at its top, not the folders there."""
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, value: str) -> str:
+        if not _stays_inside(value):
+            raise ValueError(f"found {value!r}, expected a path inside the repository, as a/b")
+        return "/".join(PurePosixPath(value).parts) or "."
+
+
+class SAELensRef(_Data):
+    """An SAE by the names that SAELens gives it; `sae_releases` says where that is."""
+
+    release: str
+    id: str
+    revision: Annotated[str, Field(min_length=1)] = "main"
+    """Of the repository that holds it; sealing replaces it by the commit."""
+
+
+class SAERef(_Data):
+    """One sparse autoencoder: where its files are and the stream it reads.
+
+    Exactly one of `path`, `hub` and `saelens` says where.
+    """
+
+    path: str | None = None
+    """Folder or file, relative to the bundle; or absolute, where bundles share one."""
+    hub: HubRef | None = None
+    saelens: SAELensRef | None = None
     hook_point: str
+    hints: Mapping[str, Scalar] = {}
+    """What the files leave out, as `load_sae` takes it; wins over what the release says."""
+    files: Mapping[str, Sha256] = {}
+    """sha256 of each file that is used, written by sealing where the SAE is not in the bundle."""
+
+    @field_validator("hints", mode="before")
+    @classmethod
+    def _scalars(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError(f"found {type(value).__name__}, expected a mapping, as {{k: 50}}")
+        for key, hint in value.items():
+            if not isinstance(key, str) or not key.isidentifier() or key == "path":
+                raise ValueError(f"found the key {key!r}, expected the name of a hint, such as k")
+            if not isinstance(hint, Scalar):
+                raise ValueError(
+                    f"{key}: found {type(hint).__name__}, expected text, a number, true or false"
+                )
+            if isinstance(hint, float) and not math.isfinite(hint):
+                raise ValueError(f"{key}: found {hint}, expected a finite number")
+        return value
+
+    @field_validator("files")
+    @classmethod
+    def _below(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name in value:
+            if not _stays_inside(name):
+                raise ValueError(f"found the name {name!r}, expected one below the SAE's folder")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SAERef:
+        places = {"path": self.path, "hub": self.hub, "saelens": self.saelens}
+        found = [name for name, place in places.items() if place is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"found {' and '.join(found) or 'none'}, expected exactly one of path, hub, saelens"
+            )
+        return self
+
+    @property
+    def revision(self) -> str | None:
+        """Branch, tag or commit; None for a path."""
+        place = self.hub or self.saelens
+        return None if place is None else place.revision
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether what it names cannot change: a path, or a commit of a repository."""
+        return self.revision is None or _COMMIT.fullmatch(self.revision) is not None
+
+    def is_inside(self, folder: Path) -> bool:
+        """Whether the SAE is in the bundle at `folder`, and so among its own files."""
+        if self.path is None:
+            return False
+        return (folder / self.path).resolve().is_relative_to(folder.resolve())
 
 
 class DenseHeadRef(_Data):
@@ -257,6 +358,10 @@ class Bundle:
     dense_heads: Mapping[str, DenseHead]
     calibration: Mapping[str, Mapping[str, object]]
     """By the path that clusters name; parsed JSON."""
+    probes: tuple[str, ...] = ()
+    """Texts of fidelity.jsonl."""
+    fidelity: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """By SAE id: what it gives on the probe texts, from fidelity/<id>.json; parsed JSON."""
 
     @property
     def label(self) -> str:
@@ -296,11 +401,14 @@ def load_bundle(folder: Path) -> Bundle:
     """
     if not folder.is_dir():
         raise BundleError(f"bundle: found no folder {folder}, expected one with bundle.yaml")
-    spec = _read_spec(folder / "bundle.yaml")
     hashes = file_hashes(folder)
-    sealed = _check_manifest(folder, hashes)
+    return _load(folder, hashes, sealed=_check_manifest(folder, hashes))
+
+
+def _load(folder: Path, hashes: Mapping[str, str], *, sealed: bool) -> Bundle:
+    spec = _read_spec(folder / "bundle.yaml")
     for sae_id, ref in spec.saes.items():
-        if not (folder / ref.path).exists():
+        if ref.path is not None and not (folder / ref.path).exists():
             raise BundleError(
                 f"bundle.yaml: saes.{sae_id}.path: found no {ref.path} in {folder}, "
                 "expected an SAE folder or file"
@@ -314,6 +422,12 @@ def load_bundle(folder: Path) -> Bundle:
         calibration={
             path: _read_json(folder / path)
             for path in sorted({c.calibration for c in spec.clusters if c.calibration})
+        },
+        probes=_read_probes(folder / PROBES),
+        fidelity={
+            sae_id: _read_json(folder / FIDELITY_FOLDER / f"{sae_id}.json")
+            for sae_id in spec.saes
+            if (folder / FIDELITY_FOLDER / f"{sae_id}.json").exists()
         },
     )
 
@@ -334,32 +448,69 @@ def bundle_digest(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(rfc8785.dumps(dict(hashes))).hexdigest()
 
 
+def load_unsealed(folder: Path) -> Bundle:
+    """The bundle as its folder is now, whatever its manifest says; to seal it anew.
+
+    Raises:
+        BundleError: as `load_bundle`.
+    """
+    if not folder.is_dir():
+        raise BundleError(f"bundle: found no folder {folder}, expected one with bundle.yaml")
+    return _load(folder, file_hashes(folder), sealed=False)
+
+
 def seal(folder: Path) -> str:
     """Writes MANIFEST.json over what the folder holds now; returns the digest.
 
     Raises:
-        BundleError: the folder is not a valid bundle.
+        BundleError: the folder is not a valid bundle, or one of its SAEs is elsewhere and not
+            pinned; the old manifest stays.
     """
-    (folder / MANIFEST).unlink(missing_ok=True)
-    bundle = load_bundle(folder)
+    bundle = load_unsealed(folder)
+    for sae_id, ref in bundle.spec.saes.items():
+        if not ref.is_fixed:
+            raise BundleError(
+                f"bundle.yaml: saes.{sae_id}: found revision {ref.revision}, expected the 40 "
+                "digits of a commit (sae-monitor bundle seal writes it)"
+            )
+        if not ref.files and not ref.is_inside(folder):
+            raise BundleError(
+                f"bundle.yaml: saes.{sae_id}: found no files, expected the sha256 of each, as the "
+                "SAE is not in the bundle (sae-monitor bundle seal writes them)"
+            )
     manifest = {"digest": bundle.digest, "files": file_hashes(folder)}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    part = folder / (MANIFEST + ".part")
+    part.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    part.replace(folder / MANIFEST)
     return bundle.digest
 
 
 def _read_spec(path: Path) -> BundleSpec:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise BundleError(f"bundle: found no {path.name} in {path.parent}, expected one") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path.name}: not readable as YAML: {error}") from error
+    return parse_spec(text, path.name)
+
+
+def parse_spec(text: str, name: str) -> BundleSpec:
+    """The text of a bundle.yaml, validated; `name` is for messages.
+
+    Raises:
+        BundleError: not YAML, an unknown key or a wrong value.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BundleError(f"{name}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise BundleError(f"{path.name}: found {type(content).__name__}, expected a mapping")
+        raise BundleError(f"{name}: found {type(content).__name__}, expected a mapping")
     try:
         return BundleSpec.model_validate(content)
     except ValidationError as error:
-        raise BundleError("; ".join(_explain(path.name, content, error))) from error
+        raise BundleError("; ".join(_explain(name, content, error))) from error
 
 
 def _explain(name: str, content: object, error: ValidationError) -> list[str]:
@@ -421,6 +572,25 @@ def _read_json(path: Path) -> Mapping[str, object]:
     if not isinstance(content, dict):
         raise BundleError(f"{path.name}: found {type(content).__name__}, expected an object")
     return content
+
+
+def _read_probes(path: Path) -> tuple[str, ...]:
+    if not path.exists():
+        return ()
+    texts = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line)
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str) or not text.strip():
+                raise BundleError(
+                    f"{path.name}: line {number}: found {line[:80]!r}, expected an object with text"
+                )
+            texts.append(text)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path.name}: not readable as JSON lines: {error}") from error
+    return tuple(texts)
 
 
 def _read_dense_heads(path: Path, spec: BundleSpec) -> dict[str, DenseHead]:

@@ -93,7 +93,7 @@ class ServeSettings(BaseSettings):
     model: Path | None = None
     """Folder of the language model, in place of the one that the bundle names."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
-    """Where converted models are kept."""
+    """Where converted models, and the hashes of SAEs, are kept."""
 
     listen: Annotated[tuple[str, ...], NoDecode] = ("127.0.0.1:50051",)
     """gRPC addresses, HOST:PORT or unix:PATH, several separated by commas; port 0 is a free one."""
@@ -108,6 +108,9 @@ class ServeSettings(BaseSettings):
     """Floating-point type of the forward pass; auto is float32 on CPU, bfloat16 on CUDA."""
     backend: Literal["torch"] = "torch"
     """What runs the forward pass."""
+    fidelity: Literal["gate", "warn", "off"] = "gate"
+    """What happens when an SAE does not fit the stream it reads: the server does not become ready,
+    says so and serves, or does not look."""
 
     audit: str = Field(default_factory=default_audit_url)
     """URL of the audit log, sqlite:///PATH."""

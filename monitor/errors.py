@@ -3,7 +3,9 @@
     MonitorError
     ├── SettingsError             an impossible setting; the process refuses to start
     ├── BundleError               a bundle that cannot be read, or does not fit the model
+    ├── UnfitError                an SAE does not fit the stream it reads; nothing is scored
     ├── ModelStoreError           the language model's files cannot be found or are damaged
+    ├── SAEStoreError             the files of an SAE cannot be found, or are not the sealed ones
     ├── AuditError                the audit log cannot be opened or written
     │   └── AuditChainError       a stored record does not verify
     ├── RequestError              the caller sent something that cannot be scored
@@ -35,8 +37,16 @@ class BundleError(MonitorError):
     """A bundle is missing, malformed, damaged, or does not belong to the model."""
 
 
+class UnfitError(MonitorError):
+    """An SAE lies outside its fidelity bands: the message has the numbers and likely causes."""
+
+
 class ModelStoreError(MonitorError):
     """The language model's folder is missing, unreadable, or fails its checksum."""
+
+
+class SAEStoreError(MonitorError):
+    """An SAE's files are nowhere to be had, or are not those that the bundle was sealed with."""
 
 
 class AuditError(MonitorError):

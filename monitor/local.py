@@ -9,10 +9,12 @@ from pathlib import Path
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
 from monitor.engine import Engine
+from monitor.fidelity import gate
 from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
+from monitor.sae_store import find_saes
 from monitor.served import Served, load_served
 
 UNBOUNDED = 2**31 - 1
@@ -26,12 +28,21 @@ def load_local(
     cache: Path,
     device: str = "cpu",
     dtype: str = "float32",
+    check_fit: bool = True,
     progress: Progress = lambda what, share: None,
 ) -> Served:
-    """The bundle in `folder` with its model, loaded; see `load_bundle`, `find_model`."""
+    """The bundle in `folder` with its model and SAEs, loaded.
+
+    See `load_bundle`, `find_model` and `find_saes`; and `fidelity.gate`, whose UnfitError comes
+    unless `check_fit` is off.
+    """
     bundle = load_bundle(folder)
+    saes = find_saes(bundle, cache=cache, progress=progress)
     found = find_model(bundle, override=model, cache=cache, progress=progress)
-    return load_served(bundle, found.folder, found.digest, device=device, dtype=dtype)
+    served = load_served(bundle, found.folder, found.digest, saes, device=device, dtype=dtype)
+    if check_fit:
+        gate(served)
+    return served
 
 
 @asynccontextmanager

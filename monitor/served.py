@@ -18,6 +18,7 @@ from monitor.errors import BundleError, ModelStoreError
 from monitor.evidence import BenignP, ClusterPlan, aggregate_specs
 from monitor.policy import Policy
 from monitor.records import ClusterInfo, Provenance
+from monitor.sae_store import SAEFiles
 from sae_core.aggregation import Aggregator
 from sae_core.errors import ModelLoadError, SAECoreError, TokenizerError
 from sae_core.formats import load_sae
@@ -35,6 +36,8 @@ class Served:
 
     bundle: Bundle
     scorer: Scorer
+    saes: Mapping[str, tuple[HookPoint, SAE]]
+    """By id: where each reads and what it is; the scorer keeps the registered latents only."""
     tokenizer: Tokenizer
     plan: ClusterPlan
     provenance: Provenance
@@ -54,6 +57,7 @@ def load_served(
     bundle: Bundle,
     model_folder: Path,
     model_digest: str,
+    saes: Mapping[str, SAEFiles],
     *,
     device: str = "cpu",
     dtype: str = "float32",
@@ -62,6 +66,7 @@ def load_served(
 
     Args:
         model_digest: digest of the model's folder, as `model_store` found it.
+        saes: the files of the bundle's SAEs, as `sae_store` found them.
 
     Raises:
         BundleError: an SAE, head or tokenizer that does not fit the model.
@@ -69,13 +74,13 @@ def load_served(
     """
     spec = bundle.spec
     try:
-        saes = _load_saes(bundle)
+        loaded_saes = _load_saes(bundle, saes)
         hook_points = _hook_points(spec)
         language_model = load_language_model(
             model_folder, hook_points.values(), device=device, dtype=torch_dtype(dtype)
         )
         tokenizer = load_tokenizer(model_folder)
-        scorer = Scorer(language_model, tokenizer, saes, _heads(bundle))
+        scorer = Scorer(language_model, tokenizer, loaded_saes, _heads(bundle))
     except (ModelLoadError, TokenizerError) as error:
         raise ModelStoreError(f"model {model_folder}: {error}") from error
     except SAECoreError as error:
@@ -100,6 +105,7 @@ def load_served(
     return Served(
         bundle=bundle,
         scorer=scorer,
+        saes=loaded_saes,
         tokenizer=tokenizer,
         plan=ClusterPlan(
             spec=spec,
@@ -116,14 +122,17 @@ def load_served(
     )
 
 
-def _load_saes(bundle: Bundle) -> dict[str, tuple[HookPoint, SAE]]:
-    saes = {}
+def _load_saes(bundle: Bundle, saes: Mapping[str, SAEFiles]) -> dict[str, tuple[HookPoint, SAE]]:
+    loaded = {}
     for sae_id, ref in bundle.spec.saes.items():
+        found = saes[sae_id]
         try:
-            saes[sae_id] = (parse_hook_point(ref.hook_point), load_sae(bundle.folder / ref.path))
+            hook_point = parse_hook_point(ref.hook_point)
+            sae = load_sae(found.path, **found.hints)  # type: ignore[arg-type]  # checked there
+            loaded[sae_id] = (hook_point, sae)
         except SAECoreError as error:
             raise BundleError(f"saes.{sae_id}: {error}") from error
-    return saes
+    return loaded
 
 
 def _hook_points(spec: BundleSpec) -> dict[str, HookPoint]:

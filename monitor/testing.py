@@ -8,6 +8,7 @@ Its cluster `danger` alerts on a text with one of the trigger words and passes w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from monitor.bundle import FIDELITY_FOLDER, PROBES
+from sae_core.fidelity import Bands, measure
 from sae_core.formats.saelens_writer import save_saelens
 from sae_core.heads import LatentTerm
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.tokenizer import load_tokenizer
+from sae_core.probe_reader import ProbeReader
+from sae_core.sae import SAE
 from sae_core.testing.planted import MARGIN, plant, planted_model_folder
 
 HOOK_POINT = "blocks.1.hook_resid_post"
@@ -106,7 +111,20 @@ def write_tiny_bundle(
         },
     }
     (bundle / "bundle.yaml").write_text(yaml.safe_dump({**spec, **(changes or {})}))
+    _write_fidelity(bundle, planted.sae, model_folder)
     return bundle
+
+
+def _write_fidelity(bundle: Path, sae: SAE, model_folder: Path) -> None:
+    """Probe texts, and what the planted SAE gives on them, good or bad."""
+    model = load_language_model(model_folder, [parse_hook_point(HOOK_POINT)])
+    reader = ProbeReader(model, lambda _: model, load_tokenizer(model_folder), NEUTRAL_TEXTS)
+    x = reader.read([HOOK_POINT], reader.begins_with_bos)[HOOK_POINT]
+    rows = [{"id": f"probe-{n}", "text": text} for n, text in enumerate(NEUTRAL_TEXTS, 1)]
+    (bundle / PROBES).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (bundle / FIDELITY_FOLDER).mkdir(exist_ok=True)
+    bands = Bands.around(measure(sae, x, range(6)))
+    (bundle / FIDELITY_FOLDER / "l1.json").write_text(json.dumps(bands.to_json()) + "\n")
 
 
 def _latents(terms: Sequence[LatentTerm]) -> list[dict[str, Any]]:

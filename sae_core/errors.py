@@ -8,6 +8,7 @@
     ├── TokenizerError     a tokenizer that cannot be read, or text it cannot render
     ├── TokenError         token ids or positions that the model cannot take
     ├── HeadError          a cluster or dense head that contradicts itself or its SAE
+    ├── FidelityError      what an SAE is measured against is missing or malformed
     └── ScorerError        numbers that are not finite where they must be
 
 Messages name the thing, what was found and what was expected.
@@ -46,6 +47,10 @@ class TokenError(SAECoreError):
 
 class HeadError(SAECoreError):
     """A cluster or dense head contradicts itself, its SAE, or its hook point."""
+
+
+class FidelityError(SAECoreError):
+    """What an SAE's fidelity is to be measured against is missing, malformed, or too small."""
 
 
 class ScorerError(SAECoreError):

@@ -149,10 +149,11 @@ class ClusterHeads:
         """Where the dense heads read, each once, in order of first use."""
         return tuple(part.hook_point for part in self._dense)
 
-    def check_fit(self, d_sae: Mapping[str, int], d_model: int) -> None:
+    def check_fit(self, d_sae: Mapping[str, int], widths: Mapping[str, int]) -> None:
         """Raises HeadError where a latent or a dense head does not fit the SAEs or the model.
 
-        `d_sae` gives the number of latents of every SAE id.
+        `d_sae` gives the number of latents of every SAE id, `widths` how wide the activations are
+        at every hook point that is read.
         """
         for cluster in self.clusters:
             for term in cluster.latents:
@@ -160,13 +161,17 @@ class ClusterHeads:
                     last = d_sae[term.sae] - 1
                     found = f"latent {term.latent_id} of SAE {term.sae!r}"
                     raise HeadError(f"cluster {cluster.id!r}: {found}, expected 0 to {last}")
-            if cluster.dense_weight is not None and len(cluster.dense_weight) != d_model:
+            if cluster.dense_weight is None or cluster.dense_hook_point is None:
+                continue
+            width = widths[cluster.dense_hook_point]
+            if len(cluster.dense_weight) != width:
                 found = f"dense_weight has {len(cluster.dense_weight)} entries"
-                raise HeadError(f"cluster {cluster.id!r}: {found}, d_model is {d_model}")
+                expected = f"{cluster.dense_hook_point} is {width} wide"
+                raise HeadError(f"cluster {cluster.id!r}: {found}, {expected}")
 
     def __call__(
         self,
-        resid: Mapping[str, Float[Tensor, "n_tokens d_model"]],
+        resid: Mapping[str, Float[Tensor, "n_tokens _"]],
         latent_acts: Mapping[str, Float[Tensor, "n_tokens _"]],
     ) -> TokenLogits:
         """The logits of every token.

@@ -1,166 +1,178 @@
-"""Names of places in the residual stream, and the module of a model that each one means.
+"""Names of places in a language model where activations are read.
 
-Names are TransformerLens's (`blocks.8.hook_resid_post`); modules are Hugging Face's, found by
-class of architecture and without TransformerLens. Knows nothing of how a model is loaded or run.
+Two vocabularies, because SAE formats store both: TransformerLens's (`blocks.8.hook_resid_post`) and
+Hugging Face's module paths (`model.layers.8.self_attn.o_proj.input`). Knows no model: which module
+a name means, and whether the family has such a place, is `language_model.sites`'s.
+
+    d_model wide unless noted        site             name
+    token embedding (Gemma: scaled,  embed            hook_embed
+      as it enters the stream)
+    before a block                   resid_pre        blocks.L.hook_resid_pre
+    heads, side by side, n_heads *   z                blocks.L.attn.hook_z
+      head_dim wide, before o_proj
+    what attention adds              attn_out         blocks.L.hook_attn_out
+    between attention and MLP        resid_mid        blocks.L.hook_resid_mid
+    MLP's norm, before its gain      mlp_normalized   blocks.L.ln2.hook_normalized
+    what enters the MLP              mlp_in           blocks.L.mlp.hook_in
+    MLP neurons, d_mlp wide          mlp_post         blocks.L.mlp.hook_post
+    what the MLP adds                mlp_out          blocks.L.hook_mlp_out
+    after a block                    resid_post       blocks.L.hook_resid_post
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 from sae_core.errors import HookPointError
 
-Site = Literal["resid_pre", "resid_mid", "resid_post"]
-"""Before a block, between its attention and its MLP, after it."""
+Site = Literal[
+    "embed",
+    "resid_pre",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_normalized",
+    "mlp_in",
+    "mlp_post",
+    "mlp_out",
+    "resid_post",
+    "module",
+]
+"""Places in the order in which a sequential block reaches them; "module" is a `ModulePath`'s."""
 
-_NAME = re.compile(r"blocks\.(0|[1-9][0-9]*)\.hook_(resid_pre|resid_mid|resid_post)")
-_SITES: dict[str, Site] = {
-    "resid_pre": "resid_pre",
-    "resid_mid": "resid_mid",
-    "resid_post": "resid_post",
+Stack = Literal["", "encoder", "decoder"]
+"""Which stack of blocks; empty where a model has only one."""
+
+IO = Literal["input", "output"]
+"""Which side of a module."""
+
+EMBED = "hook_embed"
+_IN_BLOCK: dict[Site, str] = {
+    "resid_pre": "hook_resid_pre",
+    "resid_mid": "hook_resid_mid",
+    "resid_post": "hook_resid_post",
+    "attn_out": "hook_attn_out",
+    "mlp_out": "hook_mlp_out",
+    "z": "attn.hook_z",
+    "mlp_in": "mlp.hook_in",
+    "mlp_post": "mlp.hook_post",
+    "mlp_normalized": "ln2.hook_normalized",
 }
+SITES_IN_BLOCK: tuple[Site, ...] = tuple(_IN_BLOCK)
+"""Every named place inside a block."""
+
+_NUMBER = r"0|[1-9][0-9]*"
+_NAME = re.compile(rf"(?:(encoder|decoder)\.)?blocks\.({_NUMBER})\.([a-z0-9_.]+)")
+_PATH = re.compile(
+    r"(?:(?:model|transformer|gpt_neox|language_model|decoder)\.)*"  # ways to the base model
+    rf"(?:(?P<blocks>layers|h)\.(?P<layer>{_NUMBER})(?P<submodule>(?:\.[A-Za-z0-9_]+)*?)"
+    r"|(?P<embedding>embed_tokens|embed_in|wte))"
+    r"(?:\.(?P<io>input|output))?"
+)
+_FORMS = (
+    ", ".join(f"blocks.LAYER.{name}" for name in _IN_BLOCK.values())
+    + f", {EMBED}, a Hugging Face module path such as layers.LAYER.mlp or "
+    "model.layers.LAYER.self_attn.o_proj.input, or encoder. or decoder. before blocks.LAYER"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class HookPoint:
-    """One place where the residual stream is read; `str()` gives the name back."""
+    """One place where activations are read; `str()` gives the name back."""
 
     layer: int
-    """Index of the block, from 0."""
+    """Index of the block, from 0; 0 for the embedding."""
     site: Site
+    stack: Stack = ""
+
+    def __post_init__(self) -> None:
+        if self.site == "module":
+            raise HookPointError("hook point: found site 'module', expected a ModulePath for it")
+        if self.site == "embed" and self.layer:
+            raise HookPointError(f"{EMBED}: found layer {self.layer}, expected 0")
 
     def __str__(self) -> str:
-        return f"blocks.{self.layer}.hook_{self.site}"
+        stack = f"{self.stack}." if self.stack else ""
+        if self.site == "embed":
+            return stack + EMBED
+        return f"{stack}blocks.{self.layer}.{_IN_BLOCK[self.site]}"
 
 
 @dataclass(frozen=True, slots=True)
-class HookSite:
-    """A module, and which side of it carries the residual stream."""
+class ModulePath(HookPoint):
+    """One side of a Hugging Face module, by its path; `str()` gives the text back as it was.
 
-    module: nn.Module
-    io: Literal["input", "output"]
+    Paths begin at the base model (`layers.5.mlp`, `h.3`, as sparsify has them) or further out
+    (`model.layers.5`, as Gemma Scope 2 has them), and lie in a block or name the embedding.
+    """
 
-    def register(self, receive: Callable[[Tensor], None]) -> RemovableHandle:
-        """Calls `receive` with the stream on every forward pass, until the handle is removed.
+    layer: int = field(init=False)
+    site: Site = field(init=False)
+    stack: Stack = field(init=False)
+    path: str
+    """Without `.input` or `.output`."""
+    io: IO | None = None
+    """As written; a path that names no side means the output (see `side`)."""
+    blocks: str = field(init=False, repr=False, compare=False)
+    """Name of the list of blocks, `layers` or `h`; empty for the embedding."""
+    submodule: str = field(init=False, repr=False, compare=False)
+    """Path inside the block, empty for the block itself; of the embedding its name."""
 
-        An input site is read before its module runs. Tuple and Tensor outputs are taken alike.
-        """
-        if self.io == "input":
-            return self.module.register_forward_pre_hook(
-                lambda module, args: receive(_stream(module, args))
-            )
-        return self.module.register_forward_hook(
-            lambda module, args, output: receive(_stream(module, output))
-        )
+    def __post_init__(self) -> None:
+        match = _PATH.fullmatch(self.path)
+        if match is None or match["io"] is not None:
+            raise HookPointError(f"module path: found {self.path!r}, expected one of {_FORMS}")
+        submodule = match["embedding"] or match["submodule"].removeprefix(".")
+        facts = {"layer": int(match["layer"] or 0), "site": "module", "stack": ""}
+        facts |= {"blocks": match["blocks"] or "", "submodule": submodule}
+        for name, value in facts.items():
+            object.__setattr__(self, name, value)
 
+    @property
+    def side(self) -> IO:
+        """The side that is read."""
+        return self.io or "output"
 
-def _stream(module: nn.Module, value: object) -> Tensor:
-    if isinstance(value, tuple) and value:
-        value = value[0]
-    if not isinstance(value, Tensor):
-        raise HookPointError(
-            f"{type(module).__name__}: found {type(value).__name__}, "
-            "expected a Tensor or a tuple that begins with one"
-        )
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    blocks: str
-    """Path of the list of blocks in the base model."""
-    final_norm: str
-    mid: str
-    """Submodule of a block whose input is resid_mid."""
-
-
-_FAMILIES: dict[str, _Family] = {
-    "gpt2": _Family("h", "ln_f", "ln_2"),
-    "gpt_neox": _Family("layers", "final_layer_norm", "post_attention_layernorm"),
-    "llama": _Family("layers", "norm", "post_attention_layernorm"),
-    "mistral": _Family("layers", "norm", "post_attention_layernorm"),
-    "gemma2": _Family("layers", "norm", "pre_feedforward_layernorm"),
-    "gemma3_text": _Family("layers", "norm", "pre_feedforward_layernorm"),
-    "qwen2": _Family("layers", "norm", "post_attention_layernorm"),
-    "qwen3": _Family("layers", "norm", "post_attention_layernorm"),
-}
-
-SUPPORTED_MODEL_TYPES: tuple[str, ...] = tuple(_FAMILIES)
-"""Values of `model_type` in config.json; gemma3, which wraps images, is read as its text tower."""
+    def __str__(self) -> str:
+        return self.path if self.io is None else f"{self.path}.{self.io}"
 
 
 def parse_hook_point(text: str) -> HookPoint:
-    """The hook point that `text` names; anything but the three residual forms is an error."""
-    match = _NAME.fullmatch(text)
-    if match is None:
-        raise HookPointError(
-            f"hook point: found {text!r}, expected blocks.LAYER.hook_resid_pre, "
-            "blocks.LAYER.hook_resid_mid or blocks.LAYER.hook_resid_post"
-        )
-    return HookPoint(layer=int(match[1]), site=_SITES[match[2]])
+    """The hook point that `text` names; the error for anything else lists the accepted forms.
+
+    `hook_mlp_in` is refused: in TransformerLens it is the residual stream before the norm, in
+    SAELens' labels of the Gemma Scope 2 transcoders the MLP's input after it.
+    """
+    if text == EMBED:
+        return HookPoint(0, "embed")
+    if (match := _NAME.fullmatch(text)) is not None:
+        for site, name in _IN_BLOCK.items():
+            if name == match[3]:
+                return HookPoint(int(match[2]), site, cast("Stack", match[1] or ""))
+        if match[3] == "hook_mlp_in":
+            block = f"blocks.{match[2]}"
+            raise HookPointError(
+                f"hook point: found {text!r}, which means different places to different tools; "
+                f"expected {block}.hook_resid_mid (before the MLP's norm) or "
+                f"{block}.mlp.hook_in (after it)"
+            )
+    if (match := _PATH.fullmatch(text)) is not None:
+        io = cast("IO | None", match["io"])
+        return ModulePath(text if io is None else text.removesuffix(f".{io}"), io)
+    raise HookPointError(f"hook point: found {text!r}, expected {_FORMS}")
 
 
 def n_layers_needed(hook_points: Iterable[HookPoint]) -> int:
     """How many blocks must exist to reach every hook point; resid_pre L is the stream after L."""
-    return max((h.layer + (h.site != "resid_pre") for h in hook_points), default=0)
+    return max((_n_layers(hook_point) for hook_point in hook_points), default=0)
 
 
-def locate(model: nn.Module, hook_point: HookPoint) -> HookSite:
-    """The module of `model` that carries a hook point.
-
-    `model` is a Hugging Face base model, or one with a head or a vision tower around it. On a
-    model cut short after L blocks, resid_pre L is what enters the final norm; so it is too on a
-    whole model, where resid_post of the last block is the same stream.
-    """
-    tower, model_type = text_tower(model)
-    family = _FAMILIES[model_type]
-    blocks = tower.get_submodule(family.blocks)
-    if not isinstance(blocks, nn.ModuleList):
-        raise HookPointError(f"{model_type}: {family.blocks} is not a list of blocks")
-    n_layers = len(blocks)
-    if n_layers_needed([hook_point]) > n_layers:
-        raise HookPointError(
-            f"hook point {hook_point}: the {model_type} model has {n_layers} layers, "
-            f"so the deepest is {HookPoint(n_layers - 1, 'resid_post')}"
-        )
-    if hook_point.site == "resid_pre" and hook_point.layer == n_layers:
-        return HookSite(tower.get_submodule(family.final_norm), "input")
-    block = blocks[hook_point.layer]
-    if hook_point.site == "resid_pre":
-        return HookSite(block, "input")
-    if hook_point.site == "resid_post":
-        return HookSite(block, "output")
-    if getattr(block, "use_parallel_residual", False):
-        raise HookPointError(
-            f"hook point {hook_point}: {model_type} runs attention and MLP in parallel on the same "
-            "input, so there is no stream between them; use hook_resid_pre or hook_resid_post"
-        )
-    return HookSite(block.get_submodule(family.mid), "input")
-
-
-def text_tower(model: nn.Module) -> tuple[nn.Module, str]:
-    """The module that holds the blocks, and its model_type; HookPointError when unsupported."""
-    for path in ("", "model", "transformer", "gpt_neox", "language_model", "model.language_model"):
-        try:
-            tower = model.get_submodule(path)
-        except AttributeError:
-            continue
-        model_type = getattr(getattr(tower, "config", None), "model_type", None)
-        family = _FAMILIES.get(str(model_type))
-        if family is not None and hasattr(tower, family.blocks):
-            return tower, str(model_type)
-    found = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    raise HookPointError(
-        f"model type: found {found!r}, expected one of {', '.join(SUPPORTED_MODEL_TYPES)}"
-    )
-
-
-def final_norm_name(model_type: str) -> str:
-    """Name of the base model's last normalisation, which comes after every hook point."""
-    return _FAMILIES[model_type].final_norm
+def _n_layers(hook_point: HookPoint) -> int:
+    if isinstance(hook_point, ModulePath):
+        if not hook_point.blocks:
+            return 0
+        return hook_point.layer + bool(hook_point.submodule or hook_point.side == "output")
+    return hook_point.layer + (hook_point.site not in ("embed", "resid_pre"))

@@ -14,10 +14,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core import activation_functions as gates
@@ -26,6 +27,22 @@ from sae_core.errors import ShapeError
 from sae_core.exact_product import padded_to_tiles
 from sae_core.sae_config import RANKED, SAECard, SAEConfig
 from sae_core.sae_weights import SAEStore, SAEWeights
+
+CHUNK_LATENTS = 8192
+"""Latents that `reconstruct` holds at a time."""
+SMALL_NUMBERS = 2**24
+"""Size of an encoder that `reconstruct` reads whole (64 MiB of float32): chunks cost more."""
+
+
+class Reconstruction(NamedTuple):
+    """What an SAE makes of its input, and how."""
+
+    recons: Float[Tensor, "n d_out"] | None
+    """None for an SAE that only encodes."""
+    l0: Int[Tensor, " n"]
+    """Active latents of each token."""
+    latent_acts: Float[Tensor, "n n_latents"]
+    """Of the latents that were asked for."""
 
 
 class SAE:
@@ -105,16 +122,52 @@ class SAE:
         `x`, the input that gave them, is needed where it was normalised token by token; ShapeError
         where it is needed and not given, and where the checkpoint held the encoder alone.
         """
-        config, weights = self.config, self.weights
+        weights = self.weights
         if weights.W_dec is None:
             where = f" in {self.card.source}" if self.card.source else ""
             raise ShapeError(f"W_dec: found none{where}, expected a decoder: this SAE only encodes")
-        acts = latent_acts.float()
-        if weights.scaling_factor is not None:
-            acts = acts * weights.scaling_factor
-        if config.decoder_norms == "acts":
-            acts = acts * self._inverse_norms
-        recons = acts @ weights.W_dec + weights.b_dec
+        norms = self._all_columns.norms if self.config.decoder_norms == "acts" else None
+        acts = _decoded_acts(latent_acts.float(), weights.scaling_factor, norms)
+        return self._denormalised(acts @ weights.W_dec + weights.b_dec, x)
+
+    def reconstruct(
+        self, x: Float[Tensor, "n width"], latent_ids: Sequence[int] = ()
+    ) -> Reconstruction:
+        """`forward` with the facts that fidelity is judged by, for SAEs larger than memory.
+
+        Gates that look at one latent at a time go through the dictionary in chunks and keep none
+        of it; a ranked gate needs its whole encoder.
+        """
+        config, store = self.config, self._store
+        if config.architecture in RANKED or config.d_in * config.d_sae <= SMALL_NUMBERS:
+            acts = self.encode(x)
+            whole = None
+            if self.weights.W_dec is not None:
+                whole = self._with_skip(self.decode(acts, x), x)
+            return Reconstruction(whole, _l0(acts), acts[:, list(latent_ids)])
+        b_dec = store.all_of("b_dec")
+        assert b_dec is not None
+        total = b_dec.to(x.device).repeat(len(x), 1)
+        l0 = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        has_decoder = False
+        for start in range(0, config.d_sae, CHUNK_LATENTS):
+            ids = np.arange(start, min(start + CHUNK_LATENTS, config.d_sae))
+            acts = Encoder(config, store, ids).to(x.device)(x)
+            l0 += _l0(acts)
+            rows = store.some_of("W_dec", ids)
+            if rows is not None:
+                norms = store.decoder_norms(ids) if config.decoder_norms == "acts" else None
+                scaled = _decoded_acts(acts.cpu(), store.some_of("scaling_factor", ids), norms)
+                total += (scaled @ rows.cpu()).to(x.device)
+                has_decoder = True
+        recons = self._with_skip(self._denormalised(total, x), x) if has_decoder else None
+        watched = self.slice(latent_ids).to(x.device)(x)
+        return Reconstruction(recons, l0, watched)
+
+    def _denormalised(
+        self, recons: Float[Tensor, "... d_out"], x: Float[Tensor, "... width"] | None
+    ) -> Float[Tensor, "... d_out"]:
+        config = self.config
         if config.output_scale != 1:
             recons = recons / config.output_scale
         if config.predicts_another_place:
@@ -133,10 +186,13 @@ class SAE:
 
     def forward(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_out"]:
         """The reconstruction of `x` (a transcoder: what it predicts), skip connection included."""
-        recons = self.decode(self.encode(x), x)
-        if self.weights.W_skip is None:
-            return recons
-        return recons + x.float() @ self.weights.W_skip
+        return self._with_skip(self.decode(self.encode(x), x), x)
+
+    def _with_skip(
+        self, recons: Float[Tensor, "... d_out"], x: Float[Tensor, "... width"]
+    ) -> Float[Tensor, "... d_out"]:
+        W_skip = self._store.all_of("W_skip")
+        return recons if W_skip is None else recons + x.float() @ W_skip.to(x.device)
 
     def slice(self, latent_ids: Sequence[int] | Tensor) -> Encoder:
         """An encoder of `latent_ids` alone, in that order, each once.
@@ -173,8 +229,19 @@ class SAE:
             norms=norms,
         )
 
-    @cached_property
-    def _inverse_norms(self) -> Float[Tensor, " d_sae"]:
-        norms = self._store.decoder_norms(np.arange(self.config.d_sae))
-        norms = norms.to(self.weights.W_enc.device)
-        return torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+
+def _decoded_acts(
+    acts: Float[Tensor, "... n"],
+    scaling_factor: Float[Tensor, " n"] | None,
+    norms: Float[Tensor, " n"] | None,
+) -> Float[Tensor, "... n"]:
+    """What multiplies the decoder's rows; a row of length 0 stays silent."""
+    if scaling_factor is not None:
+        acts = acts * scaling_factor
+    if norms is not None:
+        acts = acts * torch.where(norms > 0, 1 / norms, torch.zeros_like(norms))
+    return acts
+
+
+def _l0(acts: Float[Tensor, "n n_latents"]) -> Int[Tensor, " n"]:
+    return (acts != 0).sum(dim=-1)

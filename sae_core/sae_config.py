@@ -81,6 +81,12 @@ class SAEConfig:
             if not (isfinite(value) and value > 0):
                 raise ShapeError(f"{name} is {value}, expected a positive number")
 
+    def reads(self, width: int) -> bool:
+        """Whether activations of this width can be its input: d_in, or heads of d_in each."""
+        if self.head_index is None or width == self.d_in:
+            return width == self.d_in
+        return width % self.d_in == 0 and (self.head_index + 1) * self.d_in <= width
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SAECard:
@@ -95,6 +101,9 @@ class SAECard:
     hook_point_out: str | None = None
     """What a transcoder predicts; None for an SAE, which predicts what it reads."""
     model_name: str | None = None
+    processing: Literal["none", "default"] = "none"
+    """How TransformerLens had rewritten the model whose activations it was trained on: `default`
+    is what `HookedTransformer.from_pretrained` does unless it is told otherwise."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the checkpoint says, kept as found."""
     notes: tuple[str, ...] = ()

@@ -15,11 +15,14 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sae_core.encoder import Encoder
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError
 from sae_core.heads import ClusterHeads
 from sae_core.hook_points import HookPoint
+from sae_core.language_model.families import uses_layer_norm
 from sae_core.language_model.model import LanguageModel, Segment
 from sae_core.language_model.packed import KVStream
+from sae_core.language_model.processing import DEFAULT_PROCESSING, ProcessedShift
 from sae_core.language_model.tokenizer import Tokenizer
 from sae_core.sae import SAE
 
@@ -42,6 +45,40 @@ class StepScores(NamedTuple):
     """SAE encoding, heads, and the copy to host memory."""
 
 
+class _Reading(NamedTuple):
+    """How one SAE's registered latents are read."""
+
+    hook_point: HookPoint
+    shift: ProcessedShift | None
+    encode: Encoder
+
+    def __call__(
+        self, resid: Mapping[HookPoint, Float[Tensor, "n _"]]
+    ) -> Float[Tensor, "n n_latents"]:
+        x = resid[self.hook_point]
+        return self.encode(x if self.shift is None else self.shift(x))
+
+
+def reading_shift(
+    language_model: LanguageModel, hook_point: HookPoint, sae: SAE
+) -> ProcessedShift | None:
+    """What takes the model's activations to those that the SAE was trained on; None for nothing.
+
+    Raises:
+        HookPointError: They cannot be had exactly, or the SAE reads centred activations of a model
+            that is never centred.
+    """
+    model_type = language_model.config.model_type
+    if sae.config.center_input and not uses_layer_norm(model_type):
+        raise HookPointError(
+            f"SAE at {hook_point}: reads centred activations, but {model_type} normalises by "
+            "root mean square and is never centred; expected no center for it"
+        )
+    if sae.card.processing == "none":
+        return None
+    return language_model.processed_shift(hook_point, DEFAULT_PROCESSING)
+
+
 class Scorer:
     """A language model whose residual streams are read by SAEs and dense heads.
 
@@ -53,7 +90,7 @@ class Scorer:
 
     Raises:
         HeadError: The heads' SAEs are not those given, or a cluster does not fit them.
-        ShapeError: An SAE's d_in is not the model's d_model.
+        ShapeError: An SAE's d_in is not the width at its hook point.
         HookPointError: An SAE or dense head reads where the language model was not told to.
     """
 
@@ -67,12 +104,7 @@ class Scorer:
         if set(saes) != set(heads.sae_ids):
             found, expected = sorted(saes), sorted(heads.sae_ids)
             raise HeadError(f"SAEs given are {found}, the heads were built for {expected}")
-        d_model, device = language_model.config.d_model, language_model.config.device
-        for sae_id, (_, sae) in saes.items():
-            if sae.config.d_in != d_model:
-                found_width = f"d_in is {sae.config.d_in}"
-                raise ShapeError(f"SAE {sae_id!r}: {found_width}, the model's d_model is {d_model}")
-        heads.check_fit({sae_id: sae.config.d_sae for sae_id, (_, sae) in saes.items()}, d_model)
+        device, widths = language_model.config.device, language_model.widths
         read = {f"SAE {sae_id!r}": str(hook_point) for sae_id, (hook_point, _) in saes.items()}
         read |= {
             f"dense head of cluster {c.id!r}": c.dense_hook_point
@@ -84,11 +116,23 @@ class Scorer:
             if name not in loaded:
                 expected_places = ", ".join(loaded)
                 raise HookPointError(f"{reader} reads {name}, the model gives {expected_places}")
+        for sae_id, (hook_point, sae) in saes.items():
+            if not sae.config.reads(widths[hook_point]):
+                raise ShapeError(
+                    f"SAE {sae_id!r}: d_in is {sae.config.d_in}, "
+                    f"the model's {hook_point} is {widths[hook_point]} wide"
+                )
+        d_sae = {sae_id: sae.config.d_sae for sae_id, (_, sae) in saes.items()}
+        heads.check_fit(d_sae, {str(hook_point): n for hook_point, n in widths.items()})
         self.language_model = language_model
         self.tokenizer = tokenizer
         self.heads = heads.to(device)
-        self._encoders = {
-            sae_id: (saes[sae_id][0], saes[sae_id][1].slice(heads.latent_ids[sae_id]).to(device))
+        self._readings = {
+            sae_id: _Reading(
+                hook_point=saes[sae_id][0],
+                shift=reading_shift(language_model, *saes[sae_id]),
+                encode=saes[sae_id][1].slice(heads.latent_ids[sae_id]).to(device),
+            )
             for sae_id in heads.sae_ids
         }
 
@@ -133,17 +177,14 @@ class Scorer:
         return StepScores(tuple(scores), forward_ended - began, perf_counter() - forward_ended)
 
     def score_resid(
-        self, resid: Mapping[HookPoint, Float[Tensor, "n d_model"]]
+        self, resid: Mapping[HookPoint, Float[Tensor, "n _"]]
     ) -> tuple[Float32[np.ndarray, "n n_clusters 3"], Float32[np.ndarray, "n n_latents"]]:
         """Logits and latent activations of tokens whose residual streams are already known.
 
         Needs every hook point that an SAE or a dense head reads.
         """
         with torch.inference_mode():
-            latent_acts = {
-                sae_id: encode(resid[hook_point])
-                for sae_id, (hook_point, encode) in self._encoders.items()
-            }
+            latent_acts = {sae_id: read(resid) for sae_id, read in self._readings.items()}
             logits = self.heads({str(h): tensor for h, tensor in resid.items()}, latent_acts)
             stacked = torch.stack((logits.fused, logits.dense, logits.sae), dim=-1)
             acts = torch.cat([*latent_acts.values(), stacked.new_empty(len(stacked), 0)], dim=-1)
@@ -151,7 +192,7 @@ class Scorer:
 
     def _check_finite(
         self,
-        resid: Mapping[HookPoint, Float[Tensor, "n d_model"]],
+        resid: Mapping[HookPoint, Float[Tensor, "n _"]],
         segments: Sequence[Segment],
         lengths: Mapping[int, tuple[KVStream, int]],
     ) -> None:

@@ -6,8 +6,11 @@ What is taken is copied, so that the file may be replaced afterwards. Knows no c
 
 from __future__ import annotations
 
+import lzma
 import math
 import mmap
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,7 +47,7 @@ class Stored(ABC):
     @property
     def T(self) -> Stored:
         """The same tensor with its axes exchanged; nothing is read."""
-        return _Transposed(self)
+        return self if len(self.shape) < 2 else _Transposed(self)
 
     def read(self) -> Tensor:
         """The whole tensor as float32 in memory of its own; SAEFormatError if it cannot be had."""
@@ -149,6 +152,17 @@ class Mapped(Stored):
             raise SAEFormatError(f"{self.name}: cannot be read: {error}") from error
 
 
+DAMAGED_ARCHIVE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading a damaged archive, or one of an unknown compression, raises."""
+
 OpenMember = Callable[[], BufferedIOBase]
 """Opens a compressed tensor's bytes from the first number on."""
 
@@ -163,36 +177,44 @@ class Streamed(Stored):
     open: OpenMember
 
     def _read(self) -> Tensor:
-        blocks = [_as_torch(block, self.dtype).float() for _, block in self._blocks()]
-        return torch.cat(blocks).reshape(self.shape)
+        n_rows, width, _ = _windowed(self.shape, NUMPY_DTYPES[self.dtype])
+        out = torch.empty((n_rows, width), dtype=torch.float32)
+        for start, block in self._blocks():
+            out[start : start + len(block)] = _as_torch(block, self.dtype).float()
+        return out.reshape(self.shape)
 
     def _take(self, ids: Int64[np.ndarray, " n"], axis: int) -> Tensor:
-        taken = []
-        for start, block in self._blocks():
-            if axis == 0:
-                inside = ids[(ids >= start) & (ids < start + len(block))]
-                block = block[np.unique(inside) - start]
-            else:
-                block = block[:, ids]
-            taken.append(_as_torch(block.copy(), self.dtype).float())
-        found = torch.cat(taken)
+        n_rows, width, _ = _windowed(self.shape, NUMPY_DTYPES[self.dtype])
         if axis == 0:
-            _, position = np.unique(ids, return_inverse=True)
-            found = found[torch.from_numpy(position)]
-            return found.reshape(len(ids), *self.shape[1:])
-        return found
+            rows = torch.empty((len(ids), width), dtype=torch.float32)
+            for start, block in self._blocks():
+                here = np.flatnonzero((ids >= start) & (ids < start + len(block)))
+                taken = _as_torch(block[ids[here] - start], self.dtype)
+                rows[torch.from_numpy(here)] = taken.float()
+            return rows.reshape(len(ids), *self.shape[1:])
+        columns = torch.empty((n_rows, len(ids)), dtype=torch.float32)
+        for start, block in self._blocks():
+            taken = _as_torch(block[:, ids], self.dtype)
+            columns[start : start + len(block)] = taken.float()
+        return columns
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray]]:
         number = NUMPY_DTYPES[self.dtype]
         n_rows, width, step = _windowed(self.shape, number)
-        with self.open() as file:
-            for start in range(0, n_rows, step):
-                stop = min(start + step, n_rows)
-                wanted = (stop - start) * width * number.itemsize
-                data = file.read(wanted)
-                if len(data) != wanted:
-                    raise SAEFormatError(f"{self.name}: ends early, expected shape {self.shape}")
-                yield start, np.frombuffer(bytearray(data), number).reshape(stop - start, width)
+        try:
+            with self.open() as file:
+                for start in range(0, n_rows, step):
+                    stop = min(start + step, n_rows)
+                    wanted = (stop - start) * width * number.itemsize
+                    data = file.read(wanted)
+                    if len(data) != wanted:
+                        raise SAEFormatError(
+                            f"{self.name}: ends early, expected shape {self.shape}"
+                        )
+                    numbers = np.frombuffer(bytearray(data), number)
+                    yield start, numbers.reshape(stop - start, width)
+        except DAMAGED_ARCHIVE as error:
+            raise SAEFormatError(f"{self.name}: cannot be read: {error}") from error
 
 
 class _Transposed(Stored):
@@ -205,22 +227,24 @@ class _Transposed(Stored):
         return self.inner
 
     def _read(self) -> Tensor:
-        return self.inner.read().T.contiguous()
+        return self.inner._read().T.contiguous()
 
     def _take(self, ids: Int64[np.ndarray, " n"], axis: int) -> Tensor:
-        return self.inner.take(ids, 1 - axis).T.contiguous()
+        return self.inner._take(ids, 1 - axis).T.contiguous()
 
 
 class _Changed(Stored):
+    """Checked after the change only: the logarithm of 0 is a number that exp brings back."""
+
     def __init__(self, inner: Stored, change: Callable[[Tensor], Tensor]) -> None:
         self._inner, self._change, self.name = inner, change, inner.name
         self.shape = inner.shape
 
     def _read(self) -> Tensor:
-        return self._change(self._inner.read())
+        return self._change(self._inner._read())
 
     def _take(self, ids: Int64[np.ndarray, " n"], axis: int) -> Tensor:
-        return self._change(self._inner.take(ids, axis))
+        return self._change(self._inner._take(ids, axis))
 
 
 def _windowed(shape: tuple[int, ...], number: np.dtype[Any]) -> tuple[int, int, int]:

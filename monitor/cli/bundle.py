@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import yaml
 from rich.table import Table
 
-from monitor.bundle import load_bundle, seal
-from monitor.cli.common import bundle_folder, err, exit_on_error, out, progress_bar
+from monitor.bundle import Bundle, load_bundle, seal
+from monitor.cli.common import EXIT_FAILED, bundle_folder, err, exit_on_error, out, progress_bar
 from monitor.config import default_cache_dir
+from monitor.errors import SAEStoreError
+
+if TYPE_CHECKING:
+    from monitor.fidelity import SAEFidelity
+    from monitor.model_store import Progress
+    from monitor.served import Served
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Folder = Annotated[str, typer.Argument(help="A bundle's folder, or default.")]
@@ -24,11 +30,12 @@ Model = Annotated[Path | None, typer.Option(help="The model's folder.")]
 def show(
     folder: Folder = "default", as_json: Annotated[bool, typer.Option("--json")] = False
 ) -> None:
-    """What the bundle registers, and where its model is on this machine."""
+    """What the bundle registers, and where its model and SAEs are on this machine."""
     from monitor.model_store import converted_folder
 
     with exit_on_error():
         bundle = load_bundle(bundle_folder(folder))
+        saes = _sae_lines(bundle)
     if as_json:
         package = bundle.spec.model.package
         model = None if package is None else converted_folder(package, default_cache_dir())
@@ -37,12 +44,22 @@ def show(
             "folder": str(bundle.folder),
             "digest": bundle.digest,
             "model_folder": str(model) if model is not None and model.is_dir() else None,
+            "saes": saes,
             "bundle": content,
         }
         sys.stdout.write(json.dumps(line) + "\n")
         return
     out.print(f"{bundle.label}  {'sealed' if bundle.sealed else 'not sealed'}  {bundle.digest}")
     out.print(f"model {bundle.spec.model.id}")
+    for sae_id, line in saes.items():
+        hints = "".join(f" {name}={value}" for name, value in line["hints"].items())
+        out.print(
+            f"sae {sae_id} {line['origin']} at {line['hook_point']}{hints}: "
+            f"{line['path'] or line['problem']}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table(box=None)
     for name in ("cluster", "severity", "stages", "latents", "dense", "flag", "alert", "title"):
         table.add_column(name)
@@ -60,37 +77,159 @@ def show(
     out.print(table)
 
 
+def _sae_lines(bundle: Bundle) -> dict[str, dict[str, Any]]:
+    """Each SAE's place and hints, and where it is on this machine, without asking the hub."""
+    from monitor.hub import HubAccess
+    from monitor.sae_store import hub_place, locate
+
+    lines = {}
+    for sae_id, ref in bundle.spec.saes.items():
+        line: dict[str, Any] = {
+            "origin": ref.path,
+            "hook_point": ref.hook_point,
+            "hints": dict(ref.hints),
+            "path": None,
+            "problem": None,
+        }
+        try:
+            if ref.path is None:
+                place, hints = hub_place(ref)
+                line |= {"origin": f"{place.repo}@{place.revision}:{place.path}", "hints": hints}
+            found = locate(ref, bundle.folder, hub=HubAccess(), is_local_only=True)
+            line |= {"origin": found.origin, "path": str(found.path)}
+        except SAEStoreError as error:
+            line["problem"] = str(error)
+        lines[sae_id] = line
+    return lines
+
+
 @app.command()
 def check(folder: Folder = "default", model: Model = None) -> None:
-    """Loads the bundle with its model, as the server would, and says what is not calibrated."""
-    from monitor.local import load_local
+    """Loads the bundle with its model, as the server would, and measures its SAEs.
+
+    Says what is not calibrated. Exit code 1 where an SAE does not fit the stream it reads; the
+    table then has what was tried to find out why.
+    """
+    from monitor.fidelity import check_fidelity
 
     with exit_on_error(), progress_bar() as progress:
-        served = load_local(
-            bundle_folder(folder), model=model, cache=default_cache_dir(), progress=progress
-        )
+        served = _load(folder, model, progress)
+        progress("measuring the SAEs on the probe texts", 0.0)
+        judged = check_fidelity(served)
+    for one in judged:
+        out.print(_fidelity_table(one))
     for cluster, reason in served.uncalibrated_reasons.items():
         err.print(f"uncalibrated: {cluster}: {reason}", markup=False, highlight=False)
     n = len(served.bundle.spec.clusters)
     out.print(f"{served.bundle.label}: {n} clusters on {', '.join(served.hook_points)}, loads")
+    unfit = [one for one in judged if not one.fits]
+    for one in unfit:
+        err.print(one.message, markup=False, highlight=False, soft_wrap=True)
+    if unfit:
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def measure(
+    folder: Folder,
+    model: Model = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write even where another place fits better.")
+    ] = False,
+) -> None:
+    """Writes fidelity/<sae>.json: what each SAE gives on the probe texts, here and now.
+
+    For a bundle whose SAEs are known to belong where they are; later starts are held to these
+    numbers. Where an SAE reconstructs another place better than its own, nothing is written and
+    the exit code is 1. Without fidelity.jsonl, probe texts of general prose are written first.
+    """
+    from monitor.bundle_fidelity import write_bands, write_default_probes
+
+    with exit_on_error(), progress_bar() as progress:
+        place = bundle_folder(folder)
+        added = write_default_probes(place)
+        served = _load(folder, model, progress)
+        outcome = write_bands(served, force=force)
+    if added:
+        out.print(f"{added}: written")
+    for line in outcome.written:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in outcome.doubts:
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
+    if outcome.doubts and not force:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _load(folder: str, model: Path | None, progress: Progress) -> Served:
+    from monitor.local import load_local
+
+    return load_local(
+        bundle_folder(folder),
+        model=model,
+        cache=default_cache_dir(),
+        check_fit=False,
+        progress=progress,
+    )
+
+
+def _fidelity_table(one: SAEFidelity) -> Table:
+    """Numbers beside their bands; below them, where they are outside, what was tried."""
+    m, b = one.measured, one.bands
+    table = Table(box=None, title=f"SAE {one.sae} at {one.hook_point}", title_justify="left")
+    for name in ("", "measured", "expected", ""):
+        table.add_column(name)
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    def row(name: str, value: float | None, expected: str, word: str) -> None:
+        outside = any(problem.startswith(word) for problem in one.problems)
+        table.add_row(name, number(value), expected, "OUTSIDE" if outside else "ok")
+
+    def band(least: float | None, most: float | None) -> str:
+        return f"{number(least)} to {number(most)}"
+
+    row("FVU", m.fvu, band(b.fvu_min, b.fvu_max), "FVU")
+    row("FVU, median dimension", m.fvu_median, band(b.fvu_median_min, b.fvu_median_max), "median")
+    row("L0", m.l0, band(b.l0_min, b.l0_max), "L0")
+    agreement = b.firing_agreement(m)
+    row("registered latents fire as before", agreement, ">= 0.5", "registered")
+    for cause in one.causes:
+        fits = "FITS" if cause.explains else ""
+        numbers = f"FVU {number(cause.measured.fvu)}, L0 {number(cause.measured.l0)}"
+        table.add_row("tried", numbers, cause.what, fits)
+    return table
 
 
 @app.command(name="seal")
 def seal_command(folder: Folder) -> None:
-    """Writes MANIFEST.json over what the folder holds now, and prints the digest."""
-    with exit_on_error():
-        out.print(seal(bundle_folder(folder)), highlight=False)
+    """Pins SAEs that are not in the folder, writes MANIFEST.json, and prints the digest."""
+    from monitor.sae_pins import pin_saes
+
+    with exit_on_error(), progress_bar() as progress:
+        pin_saes(bundle_folder(folder), cache=default_cache_dir(), progress=progress)
+        digest = seal(bundle_folder(folder))
+    out.print(digest, highlight=False)
 
 
 @app.command()
 def fetch(folder: Folder = "default", model: Model = None) -> None:
-    """Brings the bundle's model to this machine and prints its folder and digest."""
+    """Brings the bundle's model and SAEs to this machine; prints the model's folder and digest.
+
+    Every file is read and compared with its sha256, also those that were compared before.
+    """
     from monitor.model_store import find_model
+    from monitor.sae_store import find_saes
 
     with exit_on_error(), progress_bar() as progress:
         bundle = load_bundle(bundle_folder(folder))
-        found = find_model(bundle, override=model, cache=default_cache_dir(), progress=progress)
+        cache = default_cache_dir()
+        saes = find_saes(bundle, cache=cache, again=True, progress=progress)
+        found = find_model(bundle, override=model, cache=cache, progress=progress)
     out.print(f"{found.folder}\n{found.digest}", highlight=False, soft_wrap=True)
+    for sae_id, files in saes.items():
+        line = f"sae {sae_id}: {files.path}"
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

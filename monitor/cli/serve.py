@@ -36,6 +36,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     backend: Annotated[str | None, typer.Option(help="torch.")] = None,
+    fidelity: Annotated[
+        str | None, typer.Option(help="An SAE that does not fit: gate, warn or off.")
+    ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where converted models are.")] = None,
     reflection: Annotated[bool | None, typer.Option(help="Serve gRPC reflection.")] = None,
     max_message_bytes: Annotated[int | None, typer.Option(help="Largest gRPC message.")] = None,
@@ -72,16 +75,14 @@ def demo(
     from monitor.bundle import load_bundle
     from monitor.demo import run_demo
     from monitor.model_store import find_model
+    from monitor.sae_store import find_saes
 
     with exit_on_error():
         with progress_bar() as progress:
-            # Converts the model here on the first run, where a person sees the progress.
-            find_model(
-                load_bundle(bundle_folder(bundle)),
-                override=model,
-                cache=default_cache_dir(),
-                progress=progress,
-            )
+            # Brings model and SAEs here on the first run, where a person sees the progress.
+            loaded, cache = load_bundle(bundle_folder(bundle)), default_cache_dir()
+            find_model(loaded, override=model, cache=cache, progress=progress)
+            find_saes(loaded, cache=cache, progress=progress)
         arguments = [] if model is None else ["--model", str(model)]
         run_demo(bundle=bundle, console=out, keep=keep, arguments=arguments)
 

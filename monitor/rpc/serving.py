@@ -19,6 +19,7 @@ class Serving:
         self._metrics = metrics
         self._pipeline: Pipeline | None = None
         self._draining = asyncio.Event()
+        self._why_not = "still loading its model"
 
     @property
     def pipeline(self) -> Pipeline:
@@ -28,7 +29,7 @@ class Serving:
             raise NotReadyError("server: draining, expected a server that takes new work")
         if self._pipeline is None:
             self._metrics.rejected(Rejection.NOT_READY)
-            raise NotReadyError("server: still loading its model, expected a server that is ready")
+            raise NotReadyError(f"server: {self._why_not}, expected a server that is ready")
         return self._pipeline
 
     @property
@@ -39,6 +40,10 @@ class Serving:
     def open(self, pipeline: Pipeline) -> None:
         """From now on this pipeline answers."""
         self._pipeline = pipeline
+
+    def stay_closed(self, reason: str) -> None:
+        """There will be no pipeline; every caller is told why."""
+        self._why_not = reason
 
     def drain(self) -> None:
         """From now on new work is refused, and open streams end with their summary."""

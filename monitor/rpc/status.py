@@ -37,6 +37,7 @@ CODES: Mapping[type[errors.MonitorError], grpc.StatusCode] = {
     errors.SettingsError: grpc.StatusCode.INTERNAL,
     errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelStoreError: grpc.StatusCode.INTERNAL,
+    errors.SAEStoreError: grpc.StatusCode.INTERNAL,
     errors.AuditError: grpc.StatusCode.UNAVAILABLE,
     errors.AuditChainError: grpc.StatusCode.DATA_LOSS,
     errors.RequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -47,6 +48,7 @@ CODES: Mapping[type[errors.MonitorError], grpc.StatusCode] = {
     errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
+    errors.UnfitError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.ActivationError: grpc.StatusCode.FAILED_PRECONDITION,
 }

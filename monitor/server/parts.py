@@ -18,6 +18,7 @@ from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
+from monitor.sae_store import find_saes
 from monitor.served import Served, load_served
 
 Loaded = TypeVar("Loaded")
@@ -54,11 +55,13 @@ def load_model(settings: ServeSettings, bundle: Bundle, progress: Progress) -> S
     """Finds and loads the bundle's model, SAEs and heads; takes seconds, or minutes the first time.
 
     Raises:
-        ModelStoreError, BundleError, SettingsError: see `find_model` and `load_served`.
+        ModelStoreError, SAEStoreError, BundleError, SettingsError: see `find_model`, `find_saes`
+            and `load_served`.
     """
     device, dtype = placement(settings.device, settings.dtype)
+    saes = find_saes(bundle, cache=settings.cache_dir, progress=progress)
     found = find_model(bundle, override=settings.model, cache=settings.cache_dir, progress=progress)
-    return load_served(bundle, found.folder, found.digest, device=device, dtype=dtype)
+    return load_served(bundle, found.folder, found.digest, saes, device=device, dtype=dtype)
 
 
 def build_pipeline(

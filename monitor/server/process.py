@@ -18,12 +18,14 @@ from monitor.audit_log.record import RecordKind
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
 from monitor.config import ServeSettings, configure_logging, unknown_variables
-from monitor.errors import AuditError
+from monitor.errors import AuditError, UnfitError
+from monitor.fidelity import check_fidelity
 from monitor.metrics import Component
 from monitor.model_store import Progress
 from monitor.ops import ComponentState, ops_app
 from monitor.pipeline import Pipeline
 from monitor.rpc.serving import Serving
+from monitor.served import Served
 from monitor.server.parts import (
     build_pipeline,
     in_daemon_thread,
@@ -80,11 +82,13 @@ class MonitorServer:
         self._ops: OpsWire | None = None
         self._watchdog: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self._unfit = ""
 
     async def start(self) -> Ready:
         """Listens, then loads; answers /livez and refuses RPCs as not ready meanwhile.
 
         Raises:
+            UnfitError: an SAE does not fit; the server stays up and not ready, and says why.
             MonitorError: an address, the bundle, the model or the audit log cannot be had; what
                 was started by then is stopped.
         """
@@ -103,10 +107,13 @@ class MonitorServer:
             served = await in_daemon_thread(
                 lambda: load_model(self.settings, self._bundle, self._progress)
             )
+            await self._check_fidelity(served)
             self.pipeline = build_pipeline(self.settings, served, self._audit_log, self.metrics)
             await self._record(RecordKind.SERVER_START)
             self._serving.open(self.pipeline)
             await self._tell()
+        except UnfitError:
+            raise  # stays up, so that probes and operators are told what is wrong
         except BaseException:
             await self.stop(0.0)
             raise
@@ -162,7 +169,7 @@ class MonitorServer:
 
     def components(self) -> list[ComponentState]:
         """Readiness by part."""
-        loading = "" if self.pipeline is not None else "still loading"
+        loading = "" if self.pipeline is not None else self._unfit or "still loading"
         engine = self.pipeline is not None and self.pipeline.engine.alive
         audit = self._audit_log is not None and self._audit_log.healthy
         draining = self._serving is not None and self._serving.is_draining
@@ -182,6 +189,22 @@ class MonitorServer:
             component="server", ready=not draining, reason="draining" if draining else ""
         )
         return [*states, server]
+
+    async def _check_fidelity(self, served: Served) -> None:
+        if self.settings.fidelity == "off":
+            return
+        judged = await in_daemon_thread(lambda: check_fidelity(served))
+        for one in judged:
+            log.info("sae_measured", sae=one.sae, fits=one.fits, **asdict(one.measured))
+        unfit = [one.message for one in judged if not one.fits]
+        for message in unfit:
+            log.error("sae_unfit", message=message)
+        if unfit and self.settings.fidelity == "gate":
+            self._unfit = "; ".join(unfit)
+            if self._serving is not None:
+                self._serving.stay_closed(self._unfit)
+            await self._tell()
+            raise UnfitError(self._unfit)
 
     def _liveness(self) -> list[ComponentState]:
         # That this runs at all shows that the event loop does.
@@ -260,7 +283,13 @@ async def _serve(settings: ServeSettings, bundle_folder: Path, progress: Progres
         with contextlib.suppress(asyncio.CancelledError):
             await starting
         return
-    line = {**asdict(starting.result()), "ready_seconds": round(_process_seconds(), 3)}
+    try:
+        ready = starting.result()
+    except UnfitError:
+        await told_to_stop.wait()
+        await server.stop()
+        raise
+    line = {**asdict(ready), "ready_seconds": round(_process_seconds(), 3)}
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
     await told_to_stop.wait()

@@ -5,6 +5,12 @@ circuit_tracer       layer_N.safetensors, config.yaml beside: transcoders, one a
 dictionary_learning  config.json + ae.pt: saprmarks/dictionary_learning, seven classes
 gemma_scope          params.npz: Gemma Scope, for Gemma 2
 gemma_scope_2        params.safetensors, config.json in most folders: Gemma Scope 2, for Gemma 3
+goodfire             *.pt, *.pth with encoder_linear.*: Goodfire, qresearch
+llama_scope          hyperparams.json + checkpoints/final.safetensors: lm-saes 1.0
+llama_scope_r1       config.json + sae_weights.safetensors with encoder.*: lm-saes 2.0 beta
+llamascopium         config.json + sae_weights.safetensors or .pt with W_E
+openai               *.pt with pre_bias and latent_bias: GPT-2 small
+qwen_scope           layer<N>.sae.pt
 saelens              cfg.json + sae_weights.safetensors: SAELens 6, 5 and older; also written
 sparsify             cfg.json + sae.safetensors: EleutherAI's, SAEs and transcoders
 
@@ -15,9 +21,10 @@ tensors. To add one: its module, and its row in `FORMATS`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, cast
 
 from sae_core.errors import SAEFormatError, ShapeError
 from sae_core.formats.attention_sae import is_attention_sae, read_attention_sae
@@ -25,6 +32,12 @@ from sae_core.formats.circuit_tracer import is_circuit_tracer, read_circuit_trac
 from sae_core.formats.dictionary_learning import is_dictionary_learning, read_dictionary_learning
 from sae_core.formats.gemma_scope import is_gemma_scope, read_gemma_scope
 from sae_core.formats.gemma_scope_2 import is_gemma_scope_2, read_gemma_scope_2
+from sae_core.formats.goodfire import is_goodfire, read_goodfire
+from sae_core.formats.llama_scope import is_llama_scope, read_llama_scope
+from sae_core.formats.llama_scope_r1 import is_llama_scope_r1, read_llama_scope_r1
+from sae_core.formats.llamascopium import is_llamascopium, read_llamascopium
+from sae_core.formats.openai import is_openai, read_openai
+from sae_core.formats.qwen_scope import is_qwen_scope, read_qwen_scope
 from sae_core.formats.saelens import is_saelens, read_saelens
 from sae_core.formats.sparsify import is_sparsify, read_sparsify
 from sae_core.sae import SAE
@@ -42,8 +55,8 @@ class Format:
     """By names alone: of files, of the keys of a config, of tensors."""
     read: Callable[..., SAE]
     """Takes the path and, by name, any of `hints`."""
-    hints: frozenset[str] = frozenset()
-    """Facts that its files may lack and the caller may give."""
+    hints: Mapping[str, type] = field(default_factory=dict)
+    """Facts that its files may lack and the caller may give, each with its type."""
 
 
 FORMATS: tuple[Format, ...] = (
@@ -64,14 +77,14 @@ FORMATS: tuple[Format, ...] = (
         looks_like="a folder with config.json and ae.pt",
         recognises=is_dictionary_learning,
         read=read_dictionary_learning,
-        hints=frozenset({"active_groups", "fold_decoder_norms", "use_threshold"}),
+        hints={"active_groups": int, "fold_decoder_norms": bool, "use_threshold": bool},
     ),
     Format(
         name="gemma_scope",
         looks_like="params.npz",
         recognises=is_gemma_scope,
         read=read_gemma_scope,
-        hints=frozenset({"embedding_scale"}),
+        hints={"embedding_scale": float},
     ),
     Format(
         name="gemma_scope_2",
@@ -80,21 +93,61 @@ FORMATS: tuple[Format, ...] = (
         read=read_gemma_scope_2,
     ),
     Format(
+        name="goodfire",
+        looks_like="a .pt or .pth file with encoder_linear.weight, or encoder.* and decoder.* only",
+        recognises=is_goodfire,
+        read=read_goodfire,
+        hints={"k": int},
+    ),
+    Format(
+        name="llama_scope",
+        looks_like="a folder with hyperparams.json and checkpoints/final.safetensors",
+        recognises=is_llama_scope,
+        read=read_llama_scope,
+        hints={"training_scale": bool},
+    ),
+    Format(
+        name="llama_scope_r1",
+        looks_like="a folder with config.json and sae_weights.safetensors with encoder.weight",
+        recognises=is_llama_scope_r1,
+        read=read_llama_scope_r1,
+    ),
+    Format(
+        name="llamascopium",
+        looks_like="a folder with config.json and sae_weights.safetensors or .pt with W_E",
+        recognises=is_llamascopium,
+        read=read_llamascopium,
+    ),
+    Format(
+        name="openai",
+        looks_like="a .pt file with pre_bias and latent_bias",
+        recognises=is_openai,
+        read=read_openai,
+    ),
+    Format(
+        name="qwen_scope",
+        looks_like="a file layer<N>.sae.pt with W_enc and W_dec",
+        recognises=is_qwen_scope,
+        read=read_qwen_scope,
+        hints={"k": int},
+    ),
+    Format(
         name="saelens",
         looks_like="a folder with cfg.json and sae_weights.safetensors",
         recognises=is_saelens,
         read=read_saelens,
-        hints=frozenset({"norm_scaling_factor"}),
+        hints={"norm_scaling_factor": float, "normalize_activations": str},
     ),
     Format(
         name="sparsify",
         looks_like="a folder with cfg.json and sae.safetensors",
         recognises=is_sparsify,
         read=read_sparsify,
-        hints=frozenset({"transcode"}),
+        hints={"transcode": bool},
     ),
 )
 
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 LISTED_FILES = 12
 """Names of found files in a message; more would bury the sentence."""
 RELEASE_DEPTH = 3
@@ -110,6 +163,7 @@ def load_sae(
     hook_point: str | None = None,
     model_name: str | None = None,
     center: bool | None = None,
+    processing: str | None = None,
     **hints: object,
 ) -> SAE:
     """The SAE at `path`, a folder or a file of any format in `FORMATS`.
@@ -123,23 +177,40 @@ def load_sae(
         hook_point: Where it reads, over what its files say.
         model_name: The model that it was trained on, over what its files say.
         center: Whether it reads x - mean(x), as SAEs of centred models do.
+        processing: `default` for one trained on a model that TransformerLens had processed, `none`
+            otherwise; the scorer converts activations, or refuses.
         hints: Facts that a format leaves out of its files, such as `k`; one that the format does
             not know is refused.
 
     Raises:
         SAEFormatError: names file, key, what was found and what was expected.
     """
+    _check_types(path, subfolder=subfolder, weights_file=weights_file, format=format)
+    _check_types(path, hook_point=hook_point, model_name=model_name)
+    if processing not in (None, "none", "default"):
+        raise SAEFormatError(
+            f"{path}: hint processing: found {processing!r}, expected none or default"
+        )
+    if center is not None and type(center) is not bool:
+        raise SAEFormatError(f"{path}: hint center: found {center!r}, expected true or false")
     place = Path(path)
     for part in (subfolder, weights_file):
         place = place if part is None else place / part
     if not place.exists():
         raise SAEFormatError(f"{place}: does not exist, expected an SAE checkpoint")
     known = _format_of(place, format)
-    for hint in sorted(hints.keys() - known.hints):
-        accepted = ", ".join(sorted(known.hints)) or "none"
-        raise SAEFormatError(
-            f"{place}: {known.name} has no hint {hint!r}, accepted hints: {accepted}"
-        )
+    for hint, value in sorted(hints.items()):
+        if hint not in known.hints:
+            accepted = ", ".join(sorted(known.hints)) or "none"
+            raise SAEFormatError(
+                f"{place}: {known.name} has no hint {hint!r}, accepted hints: {accepted}"
+            )
+        expected = known.hints[hint]
+        is_number = expected is float and type(value) is int
+        if type(value) is not expected and not is_number:
+            raise SAEFormatError(
+                f"{place}: hint {hint}: found {value!r}, expected {TYPE_NAMES[expected]}"
+            )
     try:
         sae = known.read(place, **hints)
     except ShapeError as error:
@@ -149,8 +220,16 @@ def load_sae(
         card = replace(card, hook_point=hook_point)
     if model_name is not None:
         card = replace(card, model_name=model_name)
+    if processing is not None:
+        card = replace(card, processing=cast('Literal["none", "default"]', processing))
     config = sae.config if center is None else replace(sae.config, center_input=center)
     return sae.replaced(config=config, card=card)
+
+
+def _check_types(path: str | Path, **texts: object) -> None:
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise SAEFormatError(f"{path}: hint {name}: found {value!r}, expected text")
 
 
 def _format_of(path: Path, name: str | None) -> Format:

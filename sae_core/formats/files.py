@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import tokenize
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sae_core.errors import SAEFormatError
-from sae_core.stored import InMemory, Mapped, OpenMember, Stored, Streamed
+from sae_core.stored import DAMAGED_ARCHIVE, InMemory, Mapped, OpenMember, Stored, Streamed
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -29,6 +31,20 @@ SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+DAMAGED_TORCH = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+)
+"""What `torch.load` raises for damaged bytes; the second half comes out of its unpickler as is."""
 NPY_DTYPES = {"<f8": torch.float64, "<f4": torch.float32, "<f2": torch.float16}
 
 
@@ -187,7 +203,7 @@ def open_npz(path: Path) -> Tensors:
                 if info.filename.endswith(".npy"):
                     name = info.filename.removesuffix(".npy")
                     found[name] = _npy(path, archive, info, name)
-    except (OSError, zipfile.BadZipFile, ValueError, EOFError) as error:
+    except (*DAMAGED_ARCHIVE, SyntaxError, tokenize.TokenError) as error:
         raise SAEFormatError(f"{path}: cannot be read as npz: {error}") from error
     return Tensors(path, found)
 
@@ -249,13 +265,15 @@ def load_torch(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, ValueError):  # files from before torch 1.6 cannot be mapped
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except DAMAGED_TORCH as error:
         reason = " ".join(str(error).split())[:200]
         raise SAEFormatError(
             f"{path}: cannot be read as tensors and plain values only: {reason}"
         ) from error
     if not isinstance(content, dict):
         raise SAEFormatError(f"{path}: found {type(content).__name__}, expected a mapping")
+    if other := [key for key in content if not isinstance(key, str)]:
+        raise SAEFormatError(f"{path}: found the key {other[0]!r:.200}, expected names")
     return content
 
 
@@ -264,7 +282,7 @@ def torch_tensors(path: Path, content: Mapping[str, Any]) -> Tensors:
     found: dict[str, Stored] = {
         name: InMemory(value, f"{path}: {name}")
         for name, value in content.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.is_floating_point()
     }
     return Tensors(path, found)
 

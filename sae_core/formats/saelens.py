@@ -65,13 +65,22 @@ def is_saelens(path: Path) -> bool:
     return (path / CFG).is_file() and (path / WEIGHTS).is_file()
 
 
-def read_saelens(path: Path, *, norm_scaling_factor: float | None = None) -> SAE:
+def read_saelens(
+    path: Path,
+    *,
+    norm_scaling_factor: float | None = None,
+    normalize_activations: str | None = None,
+) -> SAE:
     """The SAE in the folder.
 
     `norm_scaling_factor` is what inputs were multiplied by in training, which old files that say
     `expected_average_only_in` leave to SAELens' registry; refused where they say anything else.
+    `normalize_activations` stands in for what cfg.json says, where the registry corrects it.
     """
     cfg = read_cfg(path / CFG)
+    if normalize_activations is not None:
+        values = {**cfg.values, "normalize_activations": normalize_activations}
+        cfg = Cfg(cfg.path, values)
     tensors = open_safetensors(path / WEIGHTS)
     is_old = "metadata" not in cfg.values
     kind = _kind(cfg, is_old)

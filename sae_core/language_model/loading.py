@@ -1,8 +1,9 @@
 """A Hugging Face model folder -> LanguageModel, reading only the layers that are needed.
 
 The base model is built without LM head, cut after the deepest hook point, its final norm replaced
-by Identity; exactly its tensors are read from the safetensors files. Nothing is ever initialised
-at random: a tensor that the checkpoint lacks is an error. Knows nothing of GGUF (see `gguf`).
+by Identity; exactly its tensors are read from the safetensors files (see `checkpoint`). Nothing is
+ever initialised at random: a tensor that the checkpoint lacks is an error. Knows nothing of GGUF
+(see `gguf`).
 """
 
 from __future__ import annotations
@@ -14,32 +15,17 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from sae_core.errors import HookPointError, ModelLoadError
-from sae_core.hook_points import (
-    SUPPORTED_MODEL_TYPES,
-    HookPoint,
-    final_norm_name,
-    locate,
-    n_layers_needed,
-)
+from sae_core.hook_points import HookPoint, n_layers_needed
+from sae_core.language_model.checkpoint import fill, one_line
+from sae_core.language_model.families import FAMILIES, SUPPORTED_MODEL_TYPES
 from sae_core.language_model.model import LanguageModel, LanguageModelConfig
 from sae_core.language_model.packed import register_packed_attention
-
-_PREFIXES = (
-    "",
-    "model.",
-    "transformer.",
-    "gpt_neox.",
-    "model.language_model.",
-    "language_model.model.",
-    "language_model.",
-)
-"""Where checkpoints keep the base model: alone, under a head, or beside a vision tower."""
+from sae_core.language_model.sites import locate
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on a token's own position only. Others (dynamic, longrope) depend
@@ -81,11 +67,11 @@ def load_language_model(
     except (StrictDataclassError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ModelLoadError(
             f"{folder / 'config.json'}: no such {config.model_type} model can be built "
-            f"({_one_line(error)})"
+            f"({one_line(error)})"
         ) from error
     for hook_point in wanted:
         locate(module, hook_point)
-    _fill(module, folder, device=torch.device(device), dtype=dtype)
+    fill(module, config.model_type, folder, device=torch.device(device), dtype=dtype)
     facts = LanguageModelConfig(
         model_type=config.model_type,
         d_model=config.hidden_size,
@@ -122,7 +108,7 @@ def _read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (StrictDataclassError, ValueError, TypeError, KeyError, OSError) as error:
-        raise ModelLoadError(f"{path}: {_one_line(error)}") from error
+        raise ModelLoadError(f"{path}: {one_line(error)}") from error
     _check_attention(path, config)
     return config
 
@@ -153,7 +139,10 @@ def _empty_model(config: PretrainedConfig, n_layers: int) -> nn.Module:
         module: nn.Module = AutoModel.from_config(  # type: ignore[no-untyped-call]
             config, attn_implementation=register, dtype=torch.float32
         )
-    setattr(module, final_norm_name(config.model_type), nn.Identity())
+    family = FAMILIES[config.model_type]
+    for path in (family.final_norm, *family.after_norm):
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, nn.Identity())
     return module.eval().requires_grad_(False)
 
 
@@ -177,68 +166,3 @@ _RANDOM_INITS = frozenset(
     ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_", "kaiming_normal_")
     + ("xavier_uniform_", "xavier_normal_", "orthogonal_")
 )
-
-
-def _fill(module: nn.Module, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Sets every parameter and persistent buffer of `module` from the folder's safetensors."""
-    files = _tensor_files(folder)
-    wanted = module.state_dict()
-    embedding = next(iter(wanted))
-    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
-    if prefix is None:
-        raise ModelLoadError(
-            f"model folder {folder}: no tensor {embedding} under any of the known prefixes"
-        )
-    missing = [prefix + name for name in wanted if prefix + name not in files]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ModelLoadError(f"model folder {folder}: missing tensor {missing[0]}{more}")
-    tensors: dict[str, Tensor] = {}
-    by_file: dict[Path, list[str]] = {}
-    for name in wanted:
-        by_file.setdefault(files[prefix + name], []).append(name)
-    for path, names in by_file.items():
-        with _open(path) as file:
-            for name in names:
-                # A copy even when nothing changes: the file may be replaced while we run.
-                tensor = file.get_tensor(prefix + name).to(device=device, dtype=dtype, copy=True)
-                if tensor.shape != wanted[name].shape:
-                    raise ModelLoadError(
-                        f"{path}: {prefix + name} has shape {list(tensor.shape)}, "
-                        f"config.json expects {list(wanted[name].shape)}"
-                    )
-                tensors[name] = tensor
-    module.load_state_dict(tensors, strict=True, assign=True)
-    module.to(device)
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Every tensor name of the checkpoint and the file that holds it; reads headers only."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        path = folder / "model.safetensors"
-        with _open(path) as file:
-            return dict.fromkeys(file.keys(), path)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = {folder / Path(shard).name for shard in weight_map.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{index}: cannot be read ({_one_line(error)})") from error
-    files: dict[str, Path] = {}
-    for shard in sorted(shards):
-        with _open(shard) as file:
-            files |= dict.fromkeys(file.keys(), shard)
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise ModelLoadError(f"{path}: not found") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"{path}: damaged or unreadable ({_one_line(error)})") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""A language model cut at its deepest hook point: token ids in, residual streams out.
+"""A language model cut at its deepest hook point: token ids in, activations out.
 
 One step runs new tokens of many streams as one ragged batch, without padding. Knows no files
 (see `loading`) and no text (see `tokenizer`). State of a stream is in its `KVStream`, state of a
@@ -7,9 +7,9 @@ step in its plan; nothing of either stays on the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 
@@ -17,9 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sae_core.errors import TokenError
-from sae_core.hook_points import HookPoint, locate
+from sae_core.errors import HookPointError, TokenError
+from sae_core.hook_points import HookPoint, ModulePath
 from sae_core.language_model.packed import KVStream, PackedPlan, Span
+from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
+from sae_core.language_model.sites import canonical, locate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,15 +62,40 @@ class LanguageModel:
         self._module = module
         self._sites = {hook_point: locate(module, hook_point) for hook_point in self.hook_points}
         self._lock = Lock()  # hooks are installed for the length of a step
+        self.widths: Mapping[HookPoint, int] = self._measure_widths()
+        """Entries of one token's activations at every hook point: d_model, but for hook_z,
+        mlp.hook_post and some module paths. Measured on a first pass, not taken from the config."""
+
+    def can_read(self, hook_point: HookPoint) -> bool:
+        """Whether the whole model has such a place, loaded or not."""
+        n_layers, n_layers_total = self.config.n_layers, self.config.n_layers_total
+        if hook_point.layer >= n_layers_total:
+            return False
+        if hook_point.layer >= n_layers and not isinstance(hook_point, ModulePath):
+            # Blocks are alike, so one that is loaded stands for those that are not.
+            hook_point = replace(hook_point, layer=n_layers - 1)
+        try:
+            locate(self._module, hook_point)
+        except HookPointError:
+            return False
+        return True
 
     def open_stream(self) -> KVStream:
         """A stream with no tokens, for use with this model only."""
         return KVStream(self.config.n_layers)
 
-    def step(
-        self, segments: Sequence[Segment]
-    ) -> dict[HookPoint, Float[Tensor, "total_tokens d_model"]]:
-        """The residual stream at every hook point, for all new tokens in segment order.
+    def canonical(self, hook_point: HookPoint) -> HookPoint:
+        """The named site that a module path means here; see `sites.canonical`."""
+        return canonical(self._module, hook_point)
+
+    def processed_shift(self, hook_point: HookPoint, processing: Processing) -> ProcessedShift:
+        """From activations here to a processed TransformerLens model's; see `processing`."""
+        return processed_shift(self._module, hook_point, processing)
+
+    def step(self, segments: Sequence[Segment]) -> dict[HookPoint, Float[Tensor, "total_tokens _"]]:
+        """The activations at every hook point, for all new tokens in segment order.
+
+        Row `i` is token `i`, `widths` says how wide it is.
 
         Every stream grows by its tokens. When anything is raised no stream has grown, and the
         same step can be tried again. A stream may have several segments, which follow each other.
@@ -80,8 +107,22 @@ class LanguageModel:
         """
         plan, token_ids, positions = self._plan(segments)
         if not token_ids:
-            empty = torch.empty(0, self.config.d_model, dtype=self.config.dtype)
-            return {h: empty.to(self.config.device) for h in self.hook_points}
+            device, dtype = self.config.device, self.config.dtype
+            return {
+                h: torch.empty(0, w, dtype=dtype, device=device) for h, w in self.widths.items()
+            }
+        captured = self._run(plan, token_ids, positions)
+        # A clone made outside inference mode is an ordinary tensor, which autograd accepts.
+        # Some modules see rows without a batch axis, such as OPT's MLP.
+        acts = {h: captured[h].reshape(len(token_ids), -1).clone() for h in self.hook_points}
+        for span in plan.spans:
+            span.stream.advance(span.stop - span.start)
+        return acts
+
+    def _run(
+        self, plan: PackedPlan, token_ids: list[int], positions: list[int]
+    ) -> dict[HookPoint, Tensor]:
+        """One forward pass, up to the last hook point; what each one saw, in its own shape."""
         device = self.config.device
         captured: dict[HookPoint, Tensor] = {}
         with (
@@ -96,11 +137,22 @@ class LanguageModel:
                 use_cache=False,
                 packed_plan=plan,
             )
-        # A clone made outside inference mode is an ordinary tensor, which autograd accepts.
-        resid = {hook_point: captured[hook_point][0].clone() for hook_point in self.hook_points}
-        for span in plan.spans:
-            span.stream.advance(span.stop - span.start)
-        return resid
+        return captured
+
+    def _measure_widths(self) -> dict[HookPoint, int]:
+        """Reads two tokens of a stream of their own, and checks that a row is a token."""
+        n = min(2, self.config.max_positions)
+        captured = self._run(*self._plan([Segment(self.open_stream(), [0] * n)]))
+        widths: dict[HookPoint, int] = {}
+        for hook_point in self.hook_points:
+            if hook_point not in captured:
+                raise HookPointError(f"hook point {hook_point}: its module did not run")
+            acts = captured[hook_point]
+            if acts.shape[:-1] not in ((1, n), (n,)):
+                found = f"activations of shape {list(acts.shape)} for {n} tokens"
+                raise HookPointError(f"hook point {hook_point}: {found}, expected one row a token")
+            widths[hook_point] = acts.shape[-1]
+        return widths
 
     def _plan(self, segments: Sequence[Segment]) -> tuple[PackedPlan, list[int], list[int]]:
         spans: list[Span] = []

@@ -130,7 +130,8 @@ def packed_attention(
     """Causal attention of each span against its stream, whose buffers take the new rows.
 
     Args:
-        module: The attention layer; only its `layer_idx` is read.
+        module: The attention layer; its `layer_idx` is read, and its `sliding_window` where the
+            call has none (Qwen 2 MoE leaves the window to the mask, which is not built here).
         attention_mask: Always None; causality and window follow from positions.
         packed_plan: Passed to the model's forward call by `LanguageModel.step`.
         scaling: Factor on query-key products.
@@ -138,6 +139,8 @@ def packed_attention(
         softcap: Scores become `softcap * tanh(score / softcap)` (Gemma 2).
     """
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    if sliding_window is None:
+        sliding_window = getattr(module, "sliding_window", None)
     _, n_heads, total, head_dim = query.shape
     n_kv_heads = key.shape[1]
     group = n_heads // n_kv_heads

@@ -25,6 +25,12 @@ FAMILIES: tuple[str, ...] = (
     "gemma3",
     "qwen2",
     "qwen3",
+    "opt",
+    "phi",
+    "phi3",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
 )
 N_LAYERS = 3
 D_MODEL = 32
@@ -54,7 +60,8 @@ def tiny_model_folder(
         path: Made when it does not exist.
         family: One of `FAMILIES`; gemma3 is the text model (model_type gemma3_text).
         seed: Of the weights; the tokenizer is always the same.
-        sliding_window: For the families that have one; gpt2, gpt_neox and llama have none.
+        sliding_window: For the families that have one; gpt2, gpt_neox, llama, opt and phi have
+            none.
         overrides: Further keys of the family's Hugging Face config.
     """
     path.mkdir(parents=True, exist_ok=True)
@@ -165,10 +172,44 @@ def _family_config(family: str, sliding_window: int) -> dict[str, object]:
             "layer_types": upper_layers,
             "rope_parameters": _rope(1_000_000.0),
         },
+        "opt": {**wide, "ffn_dim": 64, "word_embed_proj_dim": D_MODEL},
+        "phi": wide
+        | {
+            "num_key_value_heads": 2,
+            "rope_parameters": _rope(10_000.0) | {"partial_rotary_factor": 0.5},
+        },
+        "phi3": grouped | windowed | {"rope_parameters": _rope(10_000.0)},
+        "mixtral": grouped
+        | windowed
+        | {
+            "num_local_experts": 12,  # two digits: experts must not be sorted as text
+            "num_experts_per_tok": 2,
+            "rope_parameters": _rope(10_000.0),
+        },
+        "qwen2_moe": grouped
+        | windowed
+        | _experts()
+        | {
+            "use_sliding_window": True,
+            "layer_types": upper_layers,
+            "shared_expert_intermediate_size": 40,
+        },
+        "qwen3_moe": grouped | windowed | _experts() | {"use_sliding_window": True},
     }
     if family not in configs:
         raise ValueError(f"family: found {family!r}, expected one of {', '.join(FAMILIES)}")
     return {"model_type": family} | configs[family]
+
+
+def _experts() -> dict[str, object]:
+    """The second block has an ordinary MLP, as some blocks of real models do."""
+    return {
+        "num_experts": 12,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+        "rope_parameters": _rope(1_000_000.0),
+    }
 
 
 def _rope(theta: float) -> dict[str, object]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import ndarray
 
 from sae_core.aggregation import AggregateSpec
@@ -27,6 +28,7 @@ from sae_core.calibration import Source, SourceCalibration, calibrate_source, ca
 from sae_core.evaluation.baselines import keyword_scores, length_scores, tfidf_scores
 from sae_core.evaluation.data import LabelledText, data_digest, read_labelled
 from sae_core.evaluation.detection import Evaluation, detect, evaluate
+from sae_core.fidelity import Bands, measure
 from sae_core.formats import load_sae
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import parse_hook_point
@@ -52,7 +54,7 @@ from sae_core.training.dense_heads import (
 )
 from sae_core.training.discovery import ClusterPlan, latent_labels, text_acts
 from sae_core.training.examples import ResidualSet, cached_residuals
-from sae_core.training.probes import CANARIES, PROBES, canary_rows, fidelity_rows
+from sae_core.training.probes import CANARIES, PROBES, canary_rows
 from sae_core.training.recipe import (
     CORPUS_KEEP,
     CORPUS_KEEP_OTHERS,
@@ -375,7 +377,7 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
             specs=tuple(specs),
             artefact=artefact,
             figures=figures,
-            fidelity=fidelity_rows(sae, SAE_ID, _own_texts(inputs, "probes", PROBES, say), PROBES),
+            bands=_bands(inputs, sae, heads.latent_ids[SAE_ID], say),
             canaries=_canaries(inputs, sae, heads, specs, calibrated["fused"], say),
         ),
     )
@@ -386,6 +388,12 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
 def _own_texts(inputs: BuildInputs, name: str, texts: Sequence[str], say: Say) -> ResidualSet:
     rows = [LabelledText(text=text, is_harmful=False) for text in texts]
     return build_residuals(inputs, rows, name, exact=True, say=say)
+
+
+def _bands(inputs: BuildInputs, sae: SAE, latent_ids: Sequence[int], say: Say) -> Bands:
+    """What the SAE gives on the probe texts, BOS left out."""
+    probes = _own_texts(inputs, "probes", PROBES, say)
+    return Bands.around(measure(sae, torch.from_numpy(np.array(probes.resid)), latent_ids))
 
 
 def _canaries(

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 
 from sae_core.aggregation import AggregateSpec
 from sae_core.evaluation.detection import Evaluation
+from sae_core.fidelity import Bands
 from sae_core.training.card import bundle_card
+from sae_core.training.probes import probe_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,15 +43,16 @@ class BundleParts:
     artefact: dict[str, Any]
     """The calibration."""
     figures: Evaluation
-    fidelity: Sequence[dict[str, Any]]
-    """Rows of fidelity.jsonl."""
+    bands: Bands
+    """Of the SAE, on the probe texts."""
     canaries: Sequence[dict[str, Any]]
     """Rows of canaries.jsonl."""
 
 
 def write_bundle(folder: Path, parts: BundleParts) -> None:
     """Write or overwrite the folder's files; a manifest that no longer fits is removed."""
-    (folder / "calibration").mkdir(parents=True, exist_ok=True)
+    for name in ("calibration", "fidelity"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     sae_path = f"saes/{parts.sae_id}"
     (folder / sae_path).mkdir(parents=True, exist_ok=True)
     for name in ("cfg.json", "sae_weights.safetensors"):
@@ -75,7 +78,8 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
     )
     text = yaml.safe_dump(bundle_content(parts), sort_keys=False, allow_unicode=True, width=100)
     (folder / "bundle.yaml").write_text(text, encoding="utf-8")
-    write_json_lines(folder / "fidelity.jsonl", parts.fidelity)
+    write_json_lines(folder / "fidelity.jsonl", probe_rows())
+    _write_json(folder / "fidelity" / f"{parts.sae_id}.json", parts.bands.to_json())
     write_json_lines(folder / "canaries.jsonl", parts.canaries)
     tables = (
         parts.figures.to_markdown()

@@ -10,13 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float64
 from numpy import ndarray
-
-from sae_core.sae import SAE
-from sae_core.training.examples import ResidualSet
-from sae_core.training.sae_report import measure_sae
 
 PROBES = (
     "The ferry leaves the harbour at half past six and takes about forty minutes to the island.",
@@ -47,30 +42,9 @@ CANARIES = (
 )
 
 
-def fidelity_rows(
-    sae: SAE, sae_id: str, probes: ResidualSet, texts: Sequence[str]
-) -> list[dict[str, Any]]:
-    """One row a probe: measured FVU and L0, and bands a quarter wide around them.
-
-    FVU is over the probe's own tokens (BOS excluded), variance about their own mean.
-    """
-    rows = []
-    for index, text in enumerate(texts):
-        resid = torch.from_numpy(np.array(probes.resid[probes.rows_of(index)]))
-        found = measure_sae(sae, resid)
-        rows.append(
-            {
-                "id": f"probe-{index + 1:02d}",
-                "text": text,
-                "sae": sae_id,
-                "fvu": round(found.fvu, 4),
-                "fvu_max": round(1.25 * found.fvu, 4),
-                "l0": round(found.l0, 2),
-                "l0_min": round(0.75 * found.l0, 2),
-                "l0_max": round(1.25 * found.l0, 2),
-            }
-        )
-    return rows
+def probe_rows() -> list[dict[str, Any]]:
+    """The rows of fidelity.jsonl."""
+    return [{"id": f"probe-{n:02d}", "text": text} for n, text in enumerate(PROBES, 1)]
 
 
 def canary_rows(

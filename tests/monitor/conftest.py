@@ -1,16 +1,22 @@
-"""Records filled at random from their type hints, and a pipeline that answers what it is told."""
+"""Records filled at random from their type hints; a pipeline and a hub that answer as told."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 import random
 import struct
+import threading
 import types
 import typing
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from enum import StrEnum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import grpc
 import pytest
@@ -216,3 +222,150 @@ async def fake_server(fake_pipeline: FakePipeline) -> AsyncIterator[FakeServer]:
     await server.start()
     yield FakeServer(f"127.0.0.1:{port}", fake_pipeline, serving, metrics)
     await server.stop(0)
+
+
+class FakeHub:
+    """As much of the hub's HTTP interface as its client needs to download, on loopback."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
+        """Repository -> commit -> path -> content."""
+        self.branches: dict[str, dict[str, str]] = {}
+        self.gated: set[str] = set()
+        self.requests: list[str] = []
+        """Method and path of everything that was asked."""
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub._answer(self)
+
+            def do_HEAD(self) -> None:
+                hub._answer(self)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), daemon=True
+        )
+        self._thread.start()
+
+    def add(self, repo: str, commit: str, files: Mapping[str, bytes], branch: str = "main") -> None:
+        self.repos.setdefault(repo, {})[commit] = dict(files)
+        self.branches.setdefault(repo, {})[branch] = commit
+
+    def downloaded(self) -> list[str]:
+        return sorted(
+            line.removeprefix("GET ")
+            for line in self.requests
+            if "/resolve/" in line and "GET" in line
+        )
+
+    def stop(self) -> None:
+        """The second and later calls do nothing."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(handler.path).path)
+        self.requests.append(f"{handler.command} {path}")
+        parts = path.strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        names = parts[2:] if api else parts
+        repo, rest = "/".join(names[:2]), names[2:]
+        if repo not in self.repos:
+            return self._send(handler, 404, {"X-Error-Code": "RepoNotFound"})
+        if repo in self.gated:
+            return self._send(handler, 403, {"X-Error-Code": "GatedRepo"})
+        if rest[0] == "refs":
+            branches = [
+                {"name": n, "ref": n, "targetCommit": c} for n, c in self.branches[repo].items()
+            ]
+            return self._send(handler, 200, {}, {"branches": branches, "converts": [], "tags": []})
+        commit = self.branches[repo].get(rest[1], rest[1])
+        if commit not in self.repos[repo]:
+            return self._send(handler, 404, {"X-Error-Code": "RevisionNotFound"})
+        files = self.repos[repo][commit]
+        below = "/".join(rest[2:])
+        if rest[0] == "revision":
+            return self._send(handler, 200, {}, {"id": repo, "sha": commit, "siblings": []})
+        if rest[0] == "tree":
+            deep = "recursive=true" in handler.path.lower()
+            entries = _tree(files, below, deep)
+            missing = below and not entries
+            error = {"X-Error-Code": "EntryNotFound"} if missing else {}
+            return self._send(handler, 404 if missing else 200, error, entries)
+        if below not in files:
+            return self._send(handler, 404, {"X-Error-Code": "EntryNotFound"})
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha256(files[below]).hexdigest()}"'}
+        return self._send(handler, 200, headers, files[below])
+
+    def _send(
+        self,
+        handler: BaseHTTPRequestHandler,
+        status: int,
+        headers: Mapping[str, str],
+        body: object = None,
+    ) -> None:
+        if status != 200:
+            body = {"error": "refused"}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(content)))
+        handler.end_headers()
+        if handler.command != "HEAD":
+            handler.wfile.write(content)
+
+
+def _tree(files: Mapping[str, bytes], below: str, deep: bool) -> list[dict[str, Any]]:
+    prefix = f"{below}/" if below else ""
+    entries: dict[str, dict[str, Any]] = {}
+    for name, content in files.items():
+        if not name.startswith(prefix):
+            continue
+        rest = name.removeprefix(prefix)
+        if deep or "/" not in rest:
+            oid = hashlib.sha1(content).hexdigest()
+            entries[name] = {"type": "file", "path": name, "size": len(content), "oid": oid}
+        else:
+            folder = prefix + rest.partition("/")[0]
+            entries[folder] = {"type": "directory", "path": folder, "size": 0, "oid": "0" * 40}
+    return list(entries.values())
+
+
+@pytest.fixture
+def fake_hub() -> Iterator[FakeHub]:
+    hub = FakeHub()
+    yield hub
+    hub.stop()
+
+
+@pytest.fixture
+def fill_cache() -> Callable[..., None]:
+    """`fill_cache(cache, repo, commit, files, branch)` lays files out as the hub's cache does."""
+
+    def fill(
+        cache: Path, repo: str, commit: str, files: Mapping[str, bytes], branch: str | None = "main"
+    ) -> None:
+        folder = cache / f"models--{repo.replace('/', '--')}"
+        for name, content in files.items():
+            blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+            blob.parent.mkdir(parents=True, exist_ok=True)
+            blob.write_bytes(content)
+            link = folder / "snapshots" / commit / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(*[".."] * (name.count("/") + 2), "blobs", blob.name))
+        if branch is not None:
+            (folder / "refs").mkdir(parents=True, exist_ok=True)
+            (folder / "refs" / branch).write_text(commit)
+
+    return fill

@@ -177,3 +177,62 @@ def test_damaged_safetensors_is_named(folder: Path) -> None:
     (folder / "heads.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(BundleError, match=r"heads\.safetensors"):
         load_bundle(folder)
+
+
+HOOK = {"hook_point": "blocks.0.hook_resid_post"}
+HUB = {"repo": "someone/saes", "path": "l0"}
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ({}, "saes.l0: found none, expected exactly one of path, hub, saelens"),
+        ({"path": "saes/l0", "hub": HUB}, "found path and hub, expected exactly one"),
+        ({"hub": {"repo": "saes"}}, "saes.l0.hub.repo"),
+        ({"hub": {"repo": "a/b", "path": "../c"}}, "found '../c', expected a path inside"),
+        ({"hub": {"repo": "a/b", "path": "/c"}}, "found '/c', expected a path inside"),
+        ({"hub": {"repo": "a/b", "branch": "x"}}, "saes.l0.hub.branch"),
+        ({"saelens": {"release": "r"}}, "saes.l0.saelens.id"),
+        ({"hub": HUB, "hints": {"k": [50]}}, "saes.l0.hints: k: found list, expected text"),
+        ({"hub": HUB, "hints": {"k": float("nan")}}, "k: found nan, expected a finite"),
+        ({"hub": HUB, "hints": {"path": "x"}}, "found the key 'path'"),
+        ({"hub": HUB, "hints": {"a-b": 1}}, "found the key 'a-b'"),
+        ({"hub": HUB, "hints": "k"}, "saes.l0.hints: found str, expected a mapping"),
+        ({"hub": HUB, "files": {"w": "abc"}}, "saes.l0.files.w"),
+        ({"hub": HUB, "files": {"../w": "a" * 64}}, "found the name '../w'"),
+    ],
+)
+def test_wrong_reference_to_an_sae_is_named(
+    folder: Path, reference: dict[str, Any], message: str
+) -> None:
+    content = spec()
+    content["saes"]["l0"] = HOOK | reference
+    with pytest.raises(BundleError, match=message):
+        load_bundle(write(folder, content))
+
+
+def test_hints_keep_their_types(folder: Path) -> None:
+    hints = {"k": 50, "scale": 0.5, "subfolder": "layers.3", "center": True, "one": 1.0}
+    content = spec()
+    content["saes"]["l0"] = HOOK | {"hub": HUB, "hints": hints}
+    found = load_bundle(write(folder, content)).spec.saes["l0"].hints
+    assert found == hints
+    assert {key: type(found[key]) for key in hints} == {key: type(hints[key]) for key in hints}
+
+
+def test_sae_may_lie_outside_the_bundle(folder: Path, tmp_path: Path) -> None:
+    content = spec()
+    content["saes"]["l0"] = HOOK | {"path": str(folder / "saes/l0")}
+    assert load_bundle(write(folder, content)).spec.saes["l0"].is_inside(folder)
+    content["saes"]["l0"] = HOOK | {"path": str(tmp_path.parent)}
+    assert not load_bundle(write(folder, content)).spec.saes["l0"].is_inside(folder)
+
+
+def test_failed_seal_leaves_the_manifest(folder: Path) -> None:
+    seal(write(folder, spec()))
+    before = (folder / "MANIFEST.json").read_bytes()
+    content = spec()
+    content["saes"]["l0"] = HOOK | {"hub": HUB}
+    with pytest.raises(BundleError, match="saes.l0: found revision main, expected the 40 digits"):
+        seal(write(folder, content))
+    assert (folder / "MANIFEST.json").read_bytes() == before

@@ -151,15 +151,16 @@ def test_a_repeated_cluster_is_refused() -> None:
 
 def test_a_latent_outside_its_sae_is_refused() -> None:
     heads = ClusterHeads(mixed_clusters(), ["a", "b"])
-    heads.check_fit({"a": 10, "b": 3}, D_MODEL)
+    widths = {HOOK_A: D_MODEL, HOOK_B: D_MODEL}
+    heads.check_fit({"a": 10, "b": 3}, widths)
     with pytest.raises(HeadError, match="'clipped': latent 9 of SAE 'a', expected 0 to 8"):
-        heads.check_fit({"a": 9, "b": 3}, D_MODEL)
+        heads.check_fit({"a": 9, "b": 3}, widths)
 
 
 def test_a_dense_weight_of_another_length_is_refused() -> None:
     heads = ClusterHeads(mixed_clusters(), ["a", "b"])
-    with pytest.raises(HeadError, match="'plain': dense_weight has 10 entries, d_model is 12"):
-        heads.check_fit({"a": 10, "b": 3}, 12)
+    with pytest.raises(HeadError, match=f"dense_weight has 10 entries, {HOOK_B} is 12 wide"):
+        heads.check_fit({"a": 10, "b": 3}, {HOOK_A: 10, HOOK_B: 12})
     two = [Cluster(id=f"c{n}", dense_weight=np.ones(n), dense_hook_point=HOOK_A) for n in (3, 4)]
     with pytest.raises(HeadError, match="have lengths {'c3': 3, 'c4': 4}"):
         ClusterHeads(two, [])

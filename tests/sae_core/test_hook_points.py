@@ -1,182 +1,149 @@
-"""Names, and the modules they mean, against transformers' own hidden states."""
+"""Names of places: what is accepted, what each one says, and how deep a model must be for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, Gemma3Config, Gemma3ForConditionalGeneration
 
 from sae_core.errors import HookPointError
 from sae_core.hook_points import (
+    SITES_IN_BLOCK,
     HookPoint,
-    HookSite,
-    locate,
+    ModulePath,
     n_layers_needed,
     parse_hook_point,
 )
 
-TINY = {
-    "vocab_size": 20,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-MODEL_TYPES = (
-    "gpt2",
-    "gpt_neox",
-    "llama",
-    "mistral",
-    "gemma2",
-    "gemma3_text",
-    "qwen2",
-    "qwen3",
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hook_embed", HookPoint(0, "embed")),
+        ("blocks.0.hook_resid_pre", HookPoint(0, "resid_pre")),
+        ("blocks.31.hook_resid_mid", HookPoint(31, "resid_mid")),
+        ("blocks.8.hook_resid_post", HookPoint(8, "resid_post")),
+        ("blocks.8.hook_attn_out", HookPoint(8, "attn_out")),
+        ("blocks.8.hook_mlp_out", HookPoint(8, "mlp_out")),
+        ("blocks.8.attn.hook_z", HookPoint(8, "z")),
+        ("blocks.8.mlp.hook_in", HookPoint(8, "mlp_in")),
+        ("blocks.8.mlp.hook_post", HookPoint(8, "mlp_post")),
+        ("blocks.8.ln2.hook_normalized", HookPoint(8, "mlp_normalized")),
+        ("encoder.blocks.3.hook_resid_post", HookPoint(3, "resid_post", "encoder")),
+        ("decoder.blocks.3.hook_resid_pre", HookPoint(3, "resid_pre", "decoder")),
+        ("layers.5", ModulePath("layers.5")),
+        ("h.3", ModulePath("h.3")),
+        ("embed_tokens", ModulePath("embed_tokens")),
+        ("layers.5.mlp", ModulePath("layers.5.mlp")),
+        ("layers.5.mlp.input", ModulePath("layers.5.mlp", "input")),
+        ("transformer.h.0.mlp.output", ModulePath("transformer.h.0.mlp", "output")),
+        ("decoder.layers.7.fc1", ModulePath("decoder.layers.7.fc1")),
+        (
+            "model.language_model.layers.10.output",
+            ModulePath("model.language_model.layers.10", "output"),
+        ),
+        (
+            "model.layers.5.post_feedforward_layernorm.output",
+            ModulePath("model.layers.5.post_feedforward_layernorm", "output"),
+        ),
+        (
+            "model.layers.5.self_attn.o_proj.input",
+            ModulePath("model.layers.5.self_attn.o_proj", "input"),
+        ),
+    ],
 )
+def test_name_is_understood_and_survives_the_round_trip(text: str, expected: HookPoint) -> None:
+    hook_point = parse_hook_point(text)
+    assert hook_point == expected
+    assert type(hook_point) is type(expected)
+    assert str(hook_point) == text
 
 
-def tiny_model(model_type: str, **overrides: object) -> nn.Module:
-    torch.manual_seed(0)
-    sizes: dict[str, object] = dict(TINY)
-    if model_type not in ("gpt2", "gpt_neox"):
-        sizes |= {"num_key_value_heads": 1, "head_dim": 8}
-    config = AutoConfig.for_model(model_type, **sizes, **overrides)
-    return AutoModel.from_config(config).eval()
-
-
-def read(model: nn.Module, site: HookSite, token_ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-    found: list[Tensor] = []
-    handle = site.register(found.append)
-    with torch.no_grad():
-        output = model(token_ids, output_hidden_states=True)
-    handle.remove()
-    assert len(found) == 1
-    return found[0], list(output.hidden_states)
-
-
-@pytest.mark.parametrize("text", ["blocks.0.hook_resid_pre", "blocks.31.hook_resid_mid"])
-def test_name_survives_the_round_trip(text: str) -> None:
-    assert str(parse_hook_point(text)) == text
+def test_every_site_has_a_name_of_its_own() -> None:
+    names = {str(HookPoint(2, site)) for site in SITES_IN_BLOCK}
+    assert len(names) == len(SITES_IN_BLOCK) == 9
+    assert {parse_hook_point(name).site for name in names} == set(SITES_IN_BLOCK)
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "",
-        "blocks.8.hook_mlp_out",
+        "blocks.8.hook_mlp",
         "blocks.-1.hook_resid_post",
         "blocks.08.hook_resid_post",
         "blocks.8.hook_resid_post ",
-        "model.layers.8",
         "Blocks.8.hook_resid_post",
+        "blocks.8.hook_z",
+        "layers.05",
+        "layers",
+        "layers.5.",
+        "layers.5/seed1",
+        "model.norm",
+        "model.vision_tower.layers.3",
+        "vision_tower.encoder.layers.3.mlp",
+        "encoder.layers.3",
     ],
 )
 def test_other_names_are_refused_with_the_accepted_forms(text: str) -> None:
-    with pytest.raises(HookPointError, match=r"found .*expected blocks\.LAYER\.hook_resid_pre"):
+    with pytest.raises(
+        HookPointError, match=r"found .*expected blocks\.LAYER\.hook_resid_pre"
+    ) as e:
         parse_hook_point(text)
+    for form in ("attn.hook_z", "ln2.hook_normalized", "hook_embed", "self_attn.o_proj.input"):
+        assert form in str(e.value)
 
 
-def test_layers_needed_reach_the_deepest_hook_point() -> None:
+def test_name_that_tools_disagree_about_is_refused_with_both_meanings() -> None:
+    expected = r"blocks.7.hook_resid_mid \(before .* blocks.7.mlp.hook_in \(after"
+    with pytest.raises(HookPointError, match=expected):
+        parse_hook_point("blocks.7.hook_mlp_in")
+
+
+def test_module_path_says_its_layer_and_side() -> None:
+    path = ModulePath("model.layers.12.mlp.down_proj")
+    assert (path.layer, path.blocks, path.submodule) == (12, "layers", "mlp.down_proj")
+    assert (path.io, path.side) == (None, "output")
+    assert ModulePath("h.3", "input").side == "input"
+    embedding = ModulePath("transformer.wte")
+    assert (embedding.layer, embedding.blocks, embedding.submodule) == (0, "", "wte")
+
+
+def test_module_path_is_a_key() -> None:
+    assert ModulePath("h.3") == ModulePath("h.3") != ModulePath("h.3", "output")
+    assert len({ModulePath("h.3"), ModulePath("h.3"), HookPoint(3, "resid_post")}) == 2
+
+
+@pytest.mark.parametrize("path", ["layers.3.output", "vision.layers.3", ""])
+def test_module_path_that_cannot_be_written_back_is_refused(path: str) -> None:
+    with pytest.raises(HookPointError, match="module path: found"):
+        ModulePath(path)
+
+
+def test_impossible_hook_points_are_refused() -> None:
+    with pytest.raises(HookPointError, match="expected a ModulePath"):
+        HookPoint(3, "module")
+    with pytest.raises(HookPointError, match="hook_embed: found layer 3, expected 0"):
+        HookPoint(3, "embed")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("hook_embed", 0),
+        ("blocks.0.hook_resid_pre", 0),
+        ("blocks.9.hook_resid_pre", 9),
+        ("blocks.8.attn.hook_z", 9),
+        ("blocks.8.hook_resid_mid", 9),
+        ("blocks.8.hook_resid_post", 9),
+        ("embed_tokens", 0),
+        ("layers.9.input", 9),
+        ("layers.8", 9),
+        ("layers.8.mlp.input", 9),
+    ],
+)
+def test_layers_needed_reach_the_hook_point(text: str, expected: int) -> None:
+    assert n_layers_needed([parse_hook_point(text)]) == expected
+
+
+def test_layers_needed_reach_the_deepest_of_several() -> None:
     assert n_layers_needed([]) == 0
-    assert n_layers_needed([HookPoint(0, "resid_pre")]) == 0
-    assert n_layers_needed([HookPoint(9, "resid_pre")]) == 9
     assert n_layers_needed([HookPoint(8, "resid_mid"), HookPoint(3, "resid_post")]) == 9
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_sites_equal_the_hidden_states(model_type: str) -> None:
-    model, ids = tiny_model(model_type), torch.tensor([[3, 1, 4, 1, 5]])
-    for layer, site, index in [(0, "resid_pre", 0), (1, "resid_pre", 1), (0, "resid_post", 1)]:
-        resid, hidden = read(model, locate(model, HookPoint(layer, site)), ids)
-        assert torch.equal(resid, hidden[index])
-
-
-@pytest.mark.parametrize("model_type", [t for t in MODEL_TYPES if t != "gpt_neox"])
-def test_resid_mid_lies_between_attention_and_mlp(model_type: str) -> None:
-    model, ids = tiny_model(model_type), torch.tensor([[3, 1, 4, 1, 5]])
-    block = (model.h if model_type == "gpt2" else model.layers)[1]
-    mid, hidden = read(model, locate(model, HookPoint(1, "resid_mid")), ids)
-    # what the MLP adds to it is all that separates it from resid_post
-    norm_after: Callable[[Tensor], Tensor] = nn.Identity()
-    if model_type == "gpt2":
-        norm_before = block.ln_2
-    elif model_type.startswith("gemma"):
-        norm_before, norm_after = (
-            block.pre_feedforward_layernorm,
-            block.post_feedforward_layernorm,
-        )
-    else:
-        norm_before = block.post_attention_layernorm
-    with torch.no_grad():
-        after = mid + norm_after(block.mlp(norm_before(mid)))
-    last, _ = read(model, locate(model, HookPoint(1, "resid_post")), ids)
-    assert torch.allclose(after, last, atol=1e-6)
-    assert not torch.allclose(mid, hidden[1], atol=1e-4)
-
-
-def test_parallel_residual_has_no_resid_mid() -> None:
-    with pytest.raises(HookPointError, match="attention and MLP in parallel"):
-        locate(tiny_model("gpt_neox"), HookPoint(0, "resid_mid"))
-
-
-def test_sequential_neox_has_a_resid_mid() -> None:
-    model = tiny_model("gpt_neox", use_parallel_residual=False)
-    site = locate(model, HookPoint(0, "resid_mid"))
-    assert (site.module, site.io) == (model.layers[0].post_attention_layernorm, "input")
-
-
-def test_stream_after_the_last_block_has_two_names() -> None:
-    model, ids = tiny_model("gemma3_text"), torch.tensor([[1, 2, 3]])
-    post, _ = read(model, locate(model, HookPoint(1, "resid_post")), ids)
-    pre, hidden = read(model, locate(model, HookPoint(2, "resid_pre")), ids)
-    assert torch.equal(pre, post)
-    assert not torch.allclose(pre, hidden[2], atol=1e-3)  # hidden_states end after the final norm
-
-
-def test_layer_beyond_the_model_is_refused() -> None:
-    with pytest.raises(HookPointError, match="has 2 layers, so the deepest is blocks.1.hook_resid"):
-        locate(tiny_model("llama"), HookPoint(2, "resid_post"))
-
-
-def test_unsupported_model_is_refused_by_type() -> None:
-    config = AutoConfig.for_model("opt", vocab_size=20, hidden_size=16, num_hidden_layers=1)
-    config.num_attention_heads, config.ffn_dim, config.word_embed_proj_dim = 2, 16, 16
-    with pytest.raises(HookPointError, match="found 'opt', expected one of gpt2, gpt_neox"):
-        locate(AutoModel.from_config(config), HookPoint(0, "resid_post"))
-
-
-def test_text_tower_is_found_beside_a_vision_tower() -> None:
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    text = TINY | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 30}
-    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=29)
-    model = Gemma3ForConditionalGeneration(config)
-    site = locate(model, HookPoint(1, "resid_post"))
-    assert site.module is model.model.language_model.layers[1]
-
-
-class TupleBlock(nn.Module):
-    def forward(self, x: Tensor) -> tuple[Tensor, str]:
-        return x + 1, "cache"
-
-
-class NoTensorBlock(nn.Module):
-    def forward(self, x: Tensor) -> str:
-        return "nothing"
-
-
-def test_tuple_output_gives_its_first_tensor_with_the_batch_axis() -> None:
-    found: list[Tensor] = []
-    block = TupleBlock()
-    HookSite(block, "output").register(found.append)
-    block(torch.zeros(1, 2, 3))
-    assert torch.equal(found[0], torch.ones(1, 2, 3))
-
-
-def test_output_without_a_tensor_is_an_error() -> None:
-    block = NoTensorBlock()
-    HookSite(block, "output").register(lambda resid: None)
-    with pytest.raises(HookPointError, match="NoTensorBlock: found str"):
-        block(torch.zeros(1))

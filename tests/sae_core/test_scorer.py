@@ -7,6 +7,7 @@ whole SAE in NumPy, one latent after the other, and the heads' formulas as writt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError, TokenError
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
-from sae_core.hook_points import HookPoint
+from sae_core.hook_points import HookPoint, ModulePath
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
+from sae_core.language_model.processing import DEFAULT_PROCESSING
 from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.sae import SAE
 from sae_core.scorer import Scorer, SegmentScores
@@ -310,13 +312,40 @@ def test_parts_that_do_not_fit_are_refused(one_folder: Path) -> None:
         HeadError, match=r"SAEs given are \['b'\], the heads were built for \['a'\]"
     ):
         Scorer(model, tokenizer, {"b": (EARLY, small)}, one)
-    with pytest.raises(ShapeError, match="SAE 'a': d_in is 31, the model's d_model is 32"):
+    with pytest.raises(ShapeError, match="d_in is 31, the model's blocks.0.hook_resid_post is 32"):
         Scorer(model, tokenizer, {"a": (EARLY, narrow)}, one)
     with pytest.raises(HeadError, match="cluster 'x': latent 20 of SAE 'a', expected 0 to 19"):
         Scorer(model, tokenizer, {"a": (EARLY, small)}, one)
     dense = Cluster(id="y", dense_weight=np.ones(D_MODEL, np.float32), dense_hook_point=str(LATE))
     with pytest.raises(HookPointError, match="cluster 'y' reads blocks.1.hook_resid_post, the mod"):
         Scorer(model, tokenizer, {}, ClusterHeads([dense], []))
+
+
+def test_each_reader_is_as_wide_as_the_place_it_reads(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "llama", head_dim=12)
+    heads_out, neurons = HookPoint(1, "z"), ModulePath("layers.0.mlp.down_proj", "input")
+    model, tokenizer = load_language_model(folder, [heads_out, neurons]), load_tokenizer(folder)
+    sae = planted_sae(48, 20, architecture="relu", seed=0)
+    weight = np.linspace(-1, 1, 64, dtype=np.float32)
+    cluster = Cluster(
+        id="x",
+        latents=tuple(term("z", i, 2.0, 1.0) for i in range(20)),
+        dense_weight=weight,
+        dense_hook_point=str(neurons),
+    )
+    scorer = Scorer(model, tokenizer, {"z": (heads_out, sae)}, ClusterHeads([cluster], ["z"]))
+    ids = [5, 6, 7, 8]
+    scores = scorer.step([Segment(scorer.open_stream(), ids)]).segments[0].logits[:, 0]
+    acts = model.step([Segment(model.open_stream(), ids)])
+    latents = [encode(sae, x)[0].sum() for x in acts[heads_out].double().numpy()]
+    expected = np.stack([acts[neurons].double().numpy() @ weight, 2.0 * np.array(latents)], -1)
+    assert np.abs(expected).min() > 0
+    assert np.allclose(scores[:, 1:], expected, atol=1e-5)
+    with pytest.raises(ShapeError, match=r"d_in is 48, the model's layers\.0\..*input is 64 wide"):
+        Scorer(model, tokenizer, {"z": (neurons, sae)}, ClusterHeads([cluster], ["z"]))
+    short = Cluster(id="y", dense_weight=weight, dense_hook_point=str(heads_out))
+    with pytest.raises(HeadError, match=r"has 64 entries, blocks\.1\.attn\.hook_z is 48 wide"):
+        Scorer(model, tokenizer, {}, ClusterHeads([short], []))
 
 
 def test_segment_scores_do_not_share_memory(one_folder: Path) -> None:
@@ -326,3 +355,87 @@ def test_segment_scores_do_not_share_memory(one_folder: Path) -> None:
         [Segment(scorer.open_stream(), ids) for ids in rows]
     ).segments
     assert all(s.logits.base is None and s.latent_acts.base is None for s in scores)
+
+
+def test_saes_at_many_sites_share_one_forward_that_ends_at_the_deepest(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "gemma3")
+    places = {
+        "pre": HookPoint(0, "resid_pre"),
+        "mid": HookPoint(1, "resid_mid"),
+        "attn": HookPoint(0, "attn_out"),
+        "mlp": HookPoint(1, "mlp_out"),
+        "normalized": HookPoint(1, "mlp_normalized"),
+        "path": ModulePath("model.layers.0.post_feedforward_layernorm", "output"),
+    }
+    model = load_language_model(folder, places.values())
+    assert model.config.n_layers == 2
+    saes = {
+        name: (place, planted_sae(D_MODEL, 24, architecture="relu", seed=n))
+        for n, (name, place) in enumerate(places.items())
+    }
+    all_latents = tuple(term(name, i, 1.0, 1.0) for name in saes for i in range(24))
+    heads = ClusterHeads([Cluster(id="x", latents=all_latents)], list(saes))
+    scorer = Scorer(model, load_tokenizer(folder), saes, heads)
+    passes: list[str] = []
+    module = model._module
+    module.register_forward_pre_hook(lambda *_: passes.append("model"))
+    blocks = module.layers  # type: ignore[union-attr]
+    blocks[1].register_forward_hook(lambda *_: passes.append("block 1 ended"))
+    acts = scorer.step([Segment(scorer.open_stream(), [5, 6, 7])]).segments[0].latent_acts
+    assert passes == ["model"]  # resid_mid, the MLP and its norm come before the block's end
+    read = model.step([Segment(model.open_stream(), [5, 6, 7])])
+    expected = [
+        [encode(sae, x)[0] for x in read[place].double().numpy()] for place, sae in saes.values()
+    ]
+    assert (acts > 0).any(axis=0).reshape(6, 24).any(axis=1).all()
+    np.testing.assert_allclose(acts, np.concatenate(expected, axis=1), rtol=1e-4, atol=1e-5)
+
+
+def test_sae_of_a_processed_model_reads_what_it_was_trained_on(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "gpt2")
+    z, post = HookPoint(1, "z"), HookPoint(1, "resid_post")
+    model = load_language_model(folder, [z, post])
+    plain = {"z": (z, planted_sae(D_MODEL, 24, architecture="relu", seed=1))}
+    plain["post"] = post, planted_sae(D_MODEL, 24, architecture="relu", seed=2)
+    latents = tuple(term(name, i, 1.0, 1.0) for name in plain for i in range(24))
+    heads = ClusterHeads([Cluster(id="x", latents=latents)], list(plain))
+    saes = {
+        name: (place, sae.replaced(card=replace(sae.card, processing="default")))
+        for name, (place, sae) in plain.items()
+    }
+    scorer = Scorer(model, load_tokenizer(folder), saes, heads)
+    read = model.step([Segment(model.open_stream(), [5, 6, 7])])
+    x = {
+        name: model.processed_shift(place, DEFAULT_PROCESSING)(read[place])
+        for name, (place, _) in plain.items()
+    }
+    assert not torch.allclose(x["z"], read[z], atol=1e-3)
+    assert torch.allclose(x["post"], read[post] - read[post].mean(-1, keepdim=True), atol=1e-6)
+    acts = scorer.step([Segment(scorer.open_stream(), [5, 6, 7])]).segments[0].latent_acts
+    expected = [plain[name][1].encode(x[name]).numpy() for name in plain]
+    np.testing.assert_allclose(acts, np.concatenate(expected, axis=1), rtol=1e-5, atol=1e-5)
+
+
+def test_centred_sae_is_refused_where_nothing_is_centred(one_folder: Path) -> None:
+    model = load_language_model(one_folder, [EARLY])
+    sae = planted_sae(D_MODEL, 20, architecture="relu", seed=0)
+    centred = sae.replaced(config=replace(sae.config, center_input=True))
+    heads = ClusterHeads([Cluster(id="x", latents=(term("a", 3, 1.0, 1.0),))], ["a"])
+    with pytest.raises(HookPointError, match="root mean square and is never centred"):
+        Scorer(model, load_tokenizer(one_folder), {"a": (EARLY, centred)}, heads)
+
+
+def test_sae_of_one_head_reads_its_own_columns(tmp_path: Path) -> None:
+    folder, z = tiny_model_folder(tmp_path, "gpt2"), HookPoint(0, "z")
+    model = load_language_model(folder, [z])
+    sae = planted_sae(D_MODEL // 2, 20, architecture="relu", seed=0)
+    second = sae.replaced(config=replace(sae.config, head_index=1))
+    latents = tuple(term("a", i, 1.0, 1.0) for i in range(20))
+    heads = ClusterHeads([Cluster(id="x", latents=latents)], ["a"])
+    scorer = Scorer(model, load_tokenizer(folder), {"a": (z, second)}, heads)
+    acts = scorer.step([Segment(scorer.open_stream(), [5, 6])]).segments[0].latent_acts
+    read = model.step([Segment(model.open_stream(), [5, 6])])[z]
+    np.testing.assert_allclose(acts, sae.encode(read[:, D_MODEL // 2 :]).numpy(), rtol=1e-5)
+    third = sae.replaced(config=replace(sae.config, head_index=2))
+    with pytest.raises(ShapeError, match=r"d_in is 16, the model's blocks\.0\.attn\.hook_z is 32"):
+        Scorer(model, load_tokenizer(folder), {"a": (z, third)}, heads)

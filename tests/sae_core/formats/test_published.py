@@ -21,6 +21,11 @@ FIXTURES: dict[str, tuple[str | None, str | None]] = {
     "dictionary_learning-JumpReluAutoEncoder": PYTHIA_8,
     "gemma_scope-res": (None, None),
     "gemma_scope_2-resid_post": ("model.layers.17.output", "google/gemma-3-1b-pt"),
+    "goodfire-llama-3.1-8b": ("blocks.19.hook_resid_post", "Llama-3.1-8B-Instruct"),
+    "llama_scope-jumprelu": ("blocks.15.hook_resid_post", None),
+    "llamascopium-jumprelu-dataset_wise": ("blocks.5.hook_resid_post", None),
+    "openai-topk-layernorm": (None, None),
+    "qwen_scope-topk": ("blocks.12.hook_resid_post", None),
     "saelens6-standard": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-layer_norm": ("blocks.6.hook_resid_post", "gpt2"),
     "saelens6-standard-hook_z": ("blocks.6.attn.hook_z", "gpt2"),
@@ -40,7 +45,7 @@ FIXTURES: dict[str, tuple[str | None, str | None]] = {
     "sparsify-topk": ("layers.3.output", None),
     "sparsify-transcoder-skip": ("layers.2.mlp.input", None),
 }
-"""Each fixture, and the hook point and model that its files name."""
+"""Each fixture, and the hook point and model that its files name; None where they do not."""
 
 HINTED = {
     "acts_folded": ("dictionary_learning-AutoEncoder", {"fold_decoder_norms": True}),
@@ -117,3 +122,15 @@ def test_hints_give_the_librarys_other_activations(output: str, shared_folder: P
     ids = case["registered"]
     sliced = load_sae(folder, **hints).slice(ids)
     assert torch.equal(sliced(torch.from_numpy(expected["x"])), acts[:, ids])
+
+
+def test_llama_scope_in_training_scale_is_as_saelens_reads_it(shared_folder: Path) -> None:
+    folder = shared_folder / "fixtures" / "sae" / "llama_scope-jumprelu"
+    if not folder.is_dir():
+        pytest.skip("the shared fixture llama_scope-jumprelu is not beside this checkout")
+    case, expected = facts_of(folder)
+    sae = load_sae(folder, training_scale=True)
+    acts = sae.encode(torch.from_numpy(expected["x"]))
+    assert np.array_equal(acts.numpy() != 0, expected["acts_training_scale"] != 0)
+    assert_within(acts, expected["acts_training_scale"], case["tolerance"])
+    assert_within(sae.decode(acts), expected["recon"], case["tolerance"])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sae_core.errors import TokenError
-from sae_core.hook_points import HookPoint
+from sae_core.errors import HookPointError, TokenError
+from sae_core.hook_points import HookPoint, parse_hook_point
 from sae_core.language_model import packed
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
@@ -92,7 +92,7 @@ def chunking(name: str) -> tuple[Callable[[], int], bool]:
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_resid_equals_the_plain_full_model(
+def test_every_site_equals_the_plain_full_model(
     family: str,
     way: str,
     folder_of: Callable[[str], Path],
@@ -118,6 +118,12 @@ def test_resid_equals_the_plain_full_model(
         ("qwen2", {"use_sliding_window": False, "layer_types": ["full_attention"] * 3}),
         ("gemma2", {"attn_logit_softcapping": None}),
         ("gemma3", {"num_key_value_heads": 4}),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 24}),
+        ("opt", {"enable_bias": False}),
+        ("phi", {"qk_layernorm": True}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("qwen2_moe", {"norm_topk_prob": True, "mlp_only_layers": []}),
+        ("qwen3_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2}),
         (
             "llama",
             {
@@ -137,9 +143,8 @@ def test_variants_of_a_family_equal_the_plain_full_model(
     family: str, overrides: dict[str, object], tmp_path: Path, oracle_of: OracleOf
 ) -> None:
     folder = tiny_model_folder(tmp_path / "model", family, seed=3, **overrides)
-    sites = ("resid_pre", "resid_mid", "resid_post")
-    model = load_language_model(folder, [HookPoint(layer, s) for layer in range(3) for s in sites])
     oracle, texts = oracle_of(folder), random_texts()
+    model = load_language_model(folder, list(oracle([1])))
     chunk, together = chunking("batched random chunks")
     for resid, text in zip(run(model, texts, chunk, together=together), texts, strict=True):
         assert_same(resid, oracle(text))
@@ -271,6 +276,93 @@ def test_forward_stops_at_the_deepest_hook_point(folder_of: Callable[[str], Path
     assert "layers.0.mlp" in ran
     assert "layers.1.mlp" not in ran
     assert model.config.n_layers == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_the_last_block_are_read_before_they_are_mixed(
+    family: str, folder_of: Callable[[str], Path], oracle_of: OracleOf
+) -> None:
+    hook_point, (text,) = HookPoint(1, "z"), random_texts((9,))
+    model = load_language_model(folder_of(family), [hook_point])
+    ran: list[str] = []
+    for name, module in model._module.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    found = model.step([Segment(model.open_stream(), text)])
+    assert_same(found, oracle_of(folder_of(family))(text))
+    second = [name for name in ran if ".1." in name or name.startswith("h.1.")]
+    assert any("proj" in name or "attn" in name or "query" in name for name in second)
+    writes = ("o_proj", "out_proj", "dense", "attn.c_proj", "down_proj", "mlp", "fc1", "fc2")
+    assert not any(name.endswith(writes) for name in second)
+
+
+def test_pass_ends_at_whatever_is_reached_last(folder_of: Callable[[str], Path]) -> None:
+    places = [HookPoint(1, "mlp_post"), HookPoint(1, "resid_pre"), HookPoint(0, "mlp_out")]
+    model = load_language_model(folder_of("llama"), [*places, HookPoint(0, "embed")])
+    ran: list[str] = []
+    for name, module in model._module.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    model.step([Segment(model.open_stream(), [1, 2, 3])])
+    assert "layers.1.mlp.up_proj" in ran
+    assert "layers.1.mlp.down_proj" not in ran
+    assert model.config.n_layers == 2
+
+
+def test_every_hook_point_says_how_wide_it_is(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "llama", head_dim=12)
+    names = {
+        "hook_embed": D_MODEL,
+        "blocks.1.hook_resid_mid": D_MODEL,
+        "blocks.1.hook_attn_out": D_MODEL,
+        "blocks.1.attn.hook_z": 4 * 12,
+        "blocks.0.mlp.hook_post": 64,
+        "model.layers.0.self_attn.o_proj.input": 4 * 12,
+        "layers.0.self_attn.k_proj": 2 * 12,
+    }
+    hook_points = [parse_hook_point(name) for name in names]
+    model = load_language_model(folder, hook_points)
+    assert {str(h): width for h, width in model.widths.items()} == names
+    for ids in ([], [4, 5, 6]):
+        found = model.step([Segment(model.open_stream(), ids)])
+        assert {str(h): list(t.shape) for h, t in found.items()} == {
+            name: [len(ids), width] for name, width in names.items()
+        }
+
+
+@pytest.mark.parametrize("family", ["gemma3", "opt", "gpt2"])
+def test_module_path_and_name_of_one_place_are_read_together(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    pairs = {
+        "gemma3": {
+            "model.layers.0.post_feedforward_layernorm.output": "blocks.0.hook_mlp_out",
+            "model.layers.1.self_attn.o_proj.input": "blocks.1.attn.hook_z",
+            "layers.1": "blocks.1.hook_resid_post",
+        },
+        "opt": {"decoder.layers.1.fc2.input": "blocks.1.mlp.hook_post"},
+        "gpt2": {"h.0.mlp": "blocks.0.hook_mlp_out", "h.2.input": "blocks.2.hook_resid_pre"},
+    }[family]
+    hook_points = [parse_hook_point(name) for pair in pairs.items() for name in pair]
+    model = load_language_model(folder_of(family), hook_points)
+    found = model.step([Segment(model.open_stream(), [3, 1, 4, 1, 5])])
+    assert list(found) == hook_points
+    for path, name in zip(hook_points[::2], hook_points[1::2], strict=True):
+        assert model.canonical(path) == name
+        assert torch.equal(found[path], found[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "match"),
+    [
+        ("qwen3", "layers.0.self_attn.q_norm", r"shape \[1, 2, 4, 8\] for 2 tokens, expected one"),
+        ("gpt2", "h.0.attn.attn_dropout", "its module did not run"),
+        ("qwen3", "layers.0.self_attn.missing", "has no self_attn.missing"),
+    ],
+)
+def test_path_that_is_not_one_row_a_token_is_refused(
+    family: str, path: str, match: str, folder_of: Callable[[str], Path]
+) -> None:
+    with pytest.raises(HookPointError, match=match):
+        load_language_model(folder_of(family), [parse_hook_point(path)])
 
 
 def test_no_tokens_give_no_rows(folder_of: Callable[[str], Path]) -> None:

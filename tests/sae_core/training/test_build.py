@@ -91,6 +91,7 @@ def test_bundle_has_every_file(built: tuple[BuildInputs, Evaluation]) -> None:
         "saes/l9/cfg.json",
         "saes/l9/sae_weights.safetensors",
         "calibration/default.json",
+        "fidelity/l9.json",
         "fidelity.jsonl",
         "canaries.jsonl",
         "evaluation.json",

@@ -1,0 +1,191 @@
+"""The fidelity gate: a bundle's SAEs on its probe texts, before anything is scored.
+
+An SAE outside its bands belongs to another place, another model or another formula; what it would
+score is plausible nonsense. The gate says which numbers are off and what brings them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+from monitor.bundle import FIDELITY_FOLDER, PROBES
+from monitor.errors import BundleError, UnfitError
+from monitor.served import Served
+from sae_core.diagnosis import Cause, Place, better_places, diagnose
+from sae_core.errors import SAECoreError
+from sae_core.fidelity import Bands, Measured, measure
+from sae_core.hook_points import HookPoint
+from sae_core.language_model.loading import load_language_model
+from sae_core.language_model.model import LanguageModel
+from sae_core.language_model.processing import DEFAULT_PROCESSING
+from sae_core.probe_reader import ProbeReader
+
+NAMED_CAUSES = 3
+"""Causes in a message; the table of `bundle check` has them all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SAEFidelity:
+    """One SAE, measured and judged."""
+
+    sae: str
+    hook_point: str
+    measured: Measured
+    bands: Bands
+    problems: tuple[str, ...]
+    causes: tuple[Cause, ...]
+    """Mistakes that were tried, the likeliest first; empty where all is well."""
+    model_differs: str | None
+    """How the model differs by digest from the one that the bundle was made on; None if not."""
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is what it was."""
+        return not self.problems
+
+    @property
+    def message(self) -> str:
+        """One line: the numbers that are off, then the likely causes."""
+        tried = f"of {len(self.causes)} mistakes tried"
+        likely = [cause for cause in self.causes if cause.explains][:NAMED_CAUSES]
+        lines = [f"({n}) {_brief(cause)}" for n, cause in enumerate(likely, 1)]
+        if self.model_differs is not None:
+            lines.insert(0, f"wrong model or revision: {self.model_differs}")
+        if not likely:
+            nearest = f"; nearest: {_brief(self.causes[0])}" if self.causes else ""
+            lines.append(
+                "none brings it back into its bands, so most likely a wrong model or revision, "
+                f"or other SAE weights{nearest}"
+            )
+        return (
+            f"SAE {self.sae} at {self.hook_point}: {'; '.join(self.problems)}. "
+            f"Likely causes, {tried}: {'; '.join(lines)}"
+        )
+
+
+def check_fidelity(served: Served, *, explain: bool = True) -> tuple[SAEFidelity, ...]:
+    """Measures every SAE of the bundle that a cluster reads.
+
+    Args:
+        explain: Whether to look for the causes where one is outside its bands; that loads more of
+            the model, and the SAE whole.
+
+    Raises:
+        BundleError: The bundle has no probe texts, or no bands for an SAE.
+    """
+    bundle = served.bundle
+    found = []
+    for sae_id in served.saes:
+        content = bundle.fidelity.get(sae_id)
+        name = f"{FIDELITY_FOLDER}/{sae_id}.json"
+        if content is None:
+            raise BundleError(
+                f"bundle: found no {name}, expected what SAE {sae_id} gives on the probe texts "
+                "(`sae-monitor bundle measure` writes it)"
+            )
+        try:
+            bands = Bands.from_json(content, name)
+            found.append(_judge(served, sae_id, bands, explain=explain))
+        except SAECoreError as error:
+            raise BundleError(f"SAE {sae_id}: {error}") from error
+    return tuple(found)
+
+
+def measure_fidelity(served: Served, sae_id: str) -> tuple[Measured, tuple[Place, ...]]:
+    """The numbers alone, for bands that do not exist yet, and places that the SAE fits better.
+
+    Raises:
+        BundleError: The bundle has no probe texts.
+    """
+    try:
+        reader = _reader(served, sae_id)
+        measured, hook_point = _measure(served, sae_id, reader)
+        sae = served.saes[sae_id][1].replaced()
+        return measured, better_places(sae, hook_point, measured, reader)
+    except SAECoreError as error:
+        raise BundleError(f"SAE {sae_id}: {error}") from error
+
+
+def gate(served: Served) -> None:
+    """Raises UnfitError where an SAE lies outside its bands, with everything that was found."""
+    unfit = [one.message for one in check_fidelity(served) if not one.fits]
+    if unfit:
+        raise UnfitError("; ".join(unfit))
+
+
+def _judge(served: Served, sae_id: str, bands: Bands, *, explain: bool) -> SAEFidelity:
+    began = perf_counter()
+    reader = _reader(served, sae_id)
+    measured, hook_point = _measure(served, sae_id, reader)
+    problems = bands.problems(measured)
+    causes: tuple[Cause, ...] = ()
+    if problems and explain:
+        sae = served.saes[sae_id][1].replaced()
+        causes = diagnose(sae, hook_point, bands, reader, with_bos=reader.begins_with_bos)
+    return SAEFidelity(
+        sae=sae_id,
+        hook_point=hook_point,
+        measured=measured,
+        bands=bands,
+        problems=problems,
+        causes=causes,
+        model_differs=_model_differs(served),
+        seconds=perf_counter() - began,
+    )
+
+
+def _measure(served: Served, sae_id: str, reader: ProbeReader) -> tuple[Measured, str]:
+    point, kept = served.saes[sae_id]
+    sae = kept.replaced()  # what this reads of it is not to stay in memory
+    hook_point, out = str(point), sae.card.hook_point_out
+    wanted = [hook_point]
+    if sae.config.predicts_another_place and out is not None:
+        wanted.append(out)
+    read = reader.read(wanted, reader.begins_with_bos)
+    target = None if len(wanted) == 1 else read.get(wanted[1])
+    latent_ids = served.scorer.heads.latent_ids[sae_id]
+    return measure(sae, read[hook_point], latent_ids, target=target), hook_point
+
+
+def _reader(served: Served, sae_id: str) -> ProbeReader:
+    bundle, model = served.bundle, served.scorer.language_model
+    if not bundle.probes:
+        raise BundleError(
+            f"bundle: found no {PROBES} in {bundle.folder}, expected probe texts for its SAEs "
+            "(`sae-monitor bundle measure` writes some)"
+        )
+    processed = served.saes[sae_id][1].card.processing == "default"
+    return ProbeReader(
+        model,
+        _loader(model),
+        served.tokenizer,
+        bundle.probes,
+        processing=DEFAULT_PROCESSING if processed else None,
+    )
+
+
+def _loader(model: LanguageModel) -> Callable[[Sequence[HookPoint]], LanguageModel]:
+    config = model.config
+
+    def load(hook_points: Sequence[HookPoint]) -> LanguageModel:
+        return load_language_model(
+            config.folder, hook_points, device=config.device, dtype=config.dtype
+        )
+
+    return load
+
+
+def _model_differs(served: Served) -> str | None:
+    expected, found = served.bundle.spec.model.weights_digest, served.provenance.model_digest
+    if expected is None or expected == found:
+        return None
+    return f"its weights have digest {found[:12]}..., the bundle was made on {expected[:12]}..."
+
+
+def _brief(cause: Cause) -> str:
+    m = cause.measured
+    fvu = "" if m.fvu is None else f"FVU {m.fvu:.3g}, "
+    return f"{cause.what} ({fvu}L0 {m.l0:.3g})"
