@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae_core.elementary import exp, tanh
+
 
 def relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
     """Each positive pre-activation, else 0."""
@@ -18,7 +20,7 @@ def relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
 
 def tanh_relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
     """The hyperbolic tangent of each positive pre-activation, else 0 (SAELens 5, `tanh-relu`)."""
-    return torch.tanh(torch.relu(pre_acts))
+    return tanh(torch.relu(pre_acts))
 
 
 def jumprelu(
@@ -43,7 +45,7 @@ def gated(
     `projections` are `z @ W_enc` without a bias. Source: Rajamanoharan et al. 2024,
     arXiv:2404.16014.
     """
-    magnitudes = torch.relu(projections * r_mag.exp() + b_mag)
+    magnitudes = torch.relu(projections * exp(r_mag) + b_mag)
     return magnitudes * (projections + b_gate > 0)
 
 
@@ -82,4 +84,5 @@ def group_largest(
     pre_acts: Float[Tensor, "... n_groups group"],
 ) -> Bool[Tensor, "... n_groups group"]:
     """Which latent of each group is its largest; the first among equals."""
-    return torch.nn.functional.one_hot(pre_acts.argmax(dim=-1), pre_acts.shape[-1]).bool()
+    winners = pre_acts.argmax(dim=-1, keepdim=True)
+    return torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(-1, winners, True)

@@ -9,6 +9,7 @@ columns of the groups it was asked about.
 from __future__ import annotations
 
 from copy import copy
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,14 +18,19 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from sae_core import activation_functions as gates
+from sae_core.columns import Columns, Reach, apply_gate, reach_of, read_columns
 from sae_core.errors import ShapeError
-from sae_core.exact_product import exact_product, padded_to_tiles
-from sae_core.ranking import among_top_k
+from sae_core.leaders import Leaders
+from sae_core.ranking import RoughKeys, among_top_k, rows_at_once, steps
 from sae_core.sae_config import RANKED, SAEConfig
 from sae_core.sae_weights import SAEStore
 
 LAYER_NORM_EPSILON = 1e-5
 """Added to the standard deviation, not under a root (sae_lens saes/sae.py; OpenAI model.py)."""
+
+
+NOT_ELEMENTWISE = (*RANKED, "groupmax")
+"""Gates that compare a token's latents with each other."""
 
 
 class Input(NamedTuple):
@@ -76,68 +82,6 @@ def _cut(config: SAEConfig, x: Float[Tensor, "... width"]) -> Float[Tensor, "...
     raise ShapeError(f"x has width {width}, the SAE's d_in is {d_in}")
 
 
-class Columns(NamedTuple):
-    """The encoder's numbers of some latents; matrices padded to whole tiles."""
-
-    W: Float[Tensor, "d_in padded"]
-    b_enc: Float[Tensor, " n"] | None
-    threshold: Float[Tensor, " n"] | None
-    b_gate: Float[Tensor, " n"] | None
-    r_mag: Float[Tensor, " n"] | None
-    b_mag: Float[Tensor, " n"] | None
-    W_glu: Float[Tensor, "d_in padded"] | None
-    b_glu: Float[Tensor, " n"] | None
-    norms: Float[Tensor, " n"] | None
-    """Lengths of their decoder rows, where the gate looks at them."""
-
-    def pre_acts(
-        self, z: Float[Tensor, "rows d_in"], start: int = 0, stop: int | None = None
-    ) -> Float[Tensor, "rows n"]:
-        """Pre-activations of the latents from `start` to before `stop`, before any decoder norm.
-
-        `start` must be a whole number of tiles.
-        """
-        n = self.n if stop is None else stop
-        end = self.W.shape[1] if n == self.n else n
-        h = exact_product(z, self.W[:, start:end], n - start)
-        if self.b_enc is not None:
-            h = h + self.b_enc[start:n]
-        if self.W_glu is not None:
-            assert self.b_glu is not None
-            glu = exact_product(z, self.W_glu[:, start:end], n - start) + self.b_glu[start:n]
-            h = h * torch.sigmoid(glu)
-        return h
-
-    @property
-    def n(self) -> int:
-        some = self.b_enc if self.b_enc is not None else self.b_gate
-        assert some is not None
-        return len(some)
-
-
-def read_columns(
-    config: SAEConfig, store: SAEStore, latent_ids: Int64[np.ndarray, " n"]
-) -> Columns:
-    """The columns of `latent_ids`, in that order, and nothing else."""
-
-    def some(name: str) -> Tensor | None:
-        return store.some_of(name, latent_ids)
-
-    W, W_glu = some("W_enc"), some("W_glu")
-    assert W is not None
-    return Columns(
-        W=padded_to_tiles(W),
-        b_enc=some("b_enc"),
-        threshold=some("threshold"),
-        b_gate=some("b_gate"),
-        r_mag=some("r_mag"),
-        b_mag=some("b_mag"),
-        W_glu=None if W_glu is None else padded_to_tiles(W_glu),
-        b_glu=some("b_glu"),
-        norms=None if config.decoder_norms == "unused" else store.decoder_norms(latent_ids),
-    )
-
-
 class Encoder:
     """Some latents of an SAE, encoded exactly as all of them would be; made by `SAE.slice`.
 
@@ -147,13 +91,18 @@ class Encoder:
     """
 
     def __init__(
-        self, config: SAEConfig, store: SAEStore, latent_ids: Int64[np.ndarray, " n"]
+        self,
+        config: SAEConfig,
+        store: SAEStore,
+        latent_ids: Int64[np.ndarray, " n"],
+        dictionary: Columns | None = None,
     ) -> None:
         self.config = config
         self.latent_ids = torch.from_numpy(latent_ids)
         self._b_dec = store.all_of("b_dec") if config.apply_b_dec_to_input else None
         self._place: Tensor | None = None
         self._dictionary: Columns | None = None
+        self._reach: Reach | None = None
         read = latent_ids
         if config.architecture == "groupmax":
             assert config.k is not None
@@ -162,7 +111,8 @@ class Encoder:
             read = (groups[:, None] * size + np.arange(size)).reshape(-1)
             self._place = torch.from_numpy(position * size + latent_ids % size)
         elif config.architecture in RANKED:
-            self._dictionary = read_columns(config, store, np.arange(config.d_sae))
+            self._dictionary = dictionary if dictionary is not None else read_columns(config, store)
+            self._reach = reach_of(self._dictionary)
         self._columns = read_columns(config, store, read)
 
     @property
@@ -190,21 +140,15 @@ class Encoder:
     def _encode(self, z: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows n_latents"]:
         config, columns = self.config, self._columns
         h = columns.pre_acts(z)
+        if config.architecture not in NOT_ELEMENTWISE:
+            return apply_gate(config, h, columns)
+        assert config.k is not None
         if self._place is not None:
-            assert config.k is not None
             grouped = h.reshape(len(h), -1, config.d_sae // config.k)
             winners = gates.group_largest(grouped).reshape(h.shape)
-            return (torch.relu(h) * winners)[:, self._place]
-        if self._dictionary is None:
-            return apply_gate(config, h, columns)
-        if config.decoder_norms != "unused":
-            assert columns.norms is not None
-            scaled = h * columns.norms
-        else:
-            scaled = h
-        is_abs = config.architecture == "abstopk"
-        key = scaled.abs() if is_abs else scaled
-        assert config.k is not None
+            acts = (torch.relu(h) * winners)[:, self._place]
+            return _marked(acts, z)
+        key = ranking_key(config, h, columns)
         kept = among_top_k(
             z,
             key,
@@ -212,39 +156,90 @@ class Encoder:
             keys=self._rival_keys,
             d_sae=config.d_sae,
             k=config.k,
-            lowest=float("-inf") if config.signed else 0.0,
+            lowest=lowest_key(config),
+            rough=self._rough_keys(z),
         )
-        acts = scaled if config.decoder_norms == "acts" else h
-        return torch.where(kept, acts, torch.zeros_like(acts))
+        acts = columns.judged(h) if config.decoder_norms == "acts" else h
+        return _marked(torch.where(kept, acts, torch.zeros_like(acts)), z)
 
     def _rival_keys(
-        self, z: Float[Tensor, "rows d_in"], start: int, stop: int
+        self, z: Float[Tensor, "rows d_in"], start: int, stop: int, *, is_rough: bool = False
     ) -> Float[Tensor, "rows chunk"]:
         assert self._dictionary is not None
-        h = self._dictionary.pre_acts(z, start, stop)
-        if self._dictionary.norms is not None:
-            h = h * self._dictionary.norms[start:stop]
-        return h.abs_() if self.config.architecture == "abstopk" else h
+        part = self._dictionary.part(start, stop)
+        return ranking_key(self.config, part.pre_acts(z, is_rough=is_rough), part)
+
+    def _rough_keys(self, z: Float[Tensor, "rows d_in"]) -> RoughKeys | None:
+        if self._reach is None or z.device.type != "cpu":  # elsewhere float32 may be rounder
+            return None
+        return RoughKeys(partial(self._rival_keys, is_rough=True), self._reach.rounding_error(z))
 
 
-def apply_gate(
+def encode_all(
+    config: SAEConfig, columns: Columns, z: Float[Tensor, "rows d_in"]
+) -> Float[Tensor, "rows d_sae"]:
+    """Latent activations of every latent; beside them only some chunks' worth of memory."""
+    acts = z.new_empty((len(z), config.d_sae))
+    for start in range(0, len(z), rows_at_once(config.d_sae)):
+        rows = slice(start, start + rows_at_once(config.d_sae))
+        if config.architecture in NOT_ELEMENTWISE:
+            _encode_competitors(config, columns, z[rows], acts[rows])
+            continue
+        for first, last in steps(config.d_sae, len(z[rows])):
+            part = columns.part(first, last)
+            acts[rows, first:last] = apply_gate(config, part.pre_acts(z[rows]), part)
+    return acts
+
+
+def _encode_competitors(
+    config: SAEConfig,
+    columns: Columns,
+    z: Float[Tensor, "rows d_in"],
+    acts: Float[Tensor, "rows d_sae"],
+) -> None:
+    """Fills `acts` for gates that compare latents: first with pre-activations, then the winners."""
+    assert config.k is not None
+    leaders = Leaders(len(z), config.k, lowest_key(config), z.device)
+    for first, last in steps(config.d_sae, len(z)):
+        part = columns.part(first, last)
+        h = part.pre_acts(z)
+        acts[:, first:last] = h
+        if config.architecture in RANKED:
+            leaders.meet(ranking_key(config, h, part), first)
+    if config.architecture == "groupmax":
+        size = config.d_sae // config.k
+        firsts = torch.arange(0, config.d_sae, size, device=z.device)
+        winners = acts.reshape(len(z), config.k, size).argmax(dim=-1) + firsts
+        values = torch.relu(acts.gather(1, winners))
+    else:
+        ids = leaders.latent_ids()
+        winners = ids.clamp(min=0)
+        values = acts.gather(1, winners) * (ids >= 0)
+        if config.decoder_norms == "acts":
+            assert columns.norms is not None
+            values = values * columns.norms[winners]
+    # Added, as a place that nobody took adds 0 to latent 0.
+    _marked(acts.zero_().scatter_add_(1, winners, values), z)
+
+
+def ranking_key(
     config: SAEConfig, h: Float[Tensor, "rows n"], columns: Columns
 ) -> Float[Tensor, "rows n"]:
-    """A gate that looks at one latent at a time, decoder norms included."""
-    judged = h if columns.norms is None else h * columns.norms
-    if config.architecture == "gated":
-        assert columns.b_gate is not None
-        assert columns.r_mag is not None
-        assert columns.b_mag is not None
-        return gates.gated(h, columns.b_gate, columns.r_mag, columns.b_mag)
-    if config.architecture in ("jumprelu", "batchtopk"):
-        assert columns.threshold is not None
-        gate = gates.jumprelu if config.architecture == "jumprelu" else gates.batchtopk
-        acts = gate(judged, columns.threshold)
-    elif config.architecture == "tanh_relu":
-        acts = gates.tanh_relu(judged)
-    else:
-        acts = torch.relu(judged)
-    if config.decoder_norms == "gate":
-        return torch.relu(h) * (acts > 0)
+    """What TopK and AbsTopK rank pre-activations by."""
+    judged = columns.judged(h)
+    return judged.abs() if config.architecture == "abstopk" else judged
+
+
+def lowest_key(config: SAEConfig) -> float:
+    """What a latent's key must exceed for it to be active."""
+    return float("-inf") if config.signed else 0.0
+
+
+def _marked(
+    acts: Float[Tensor, "rows n"], z: Float[Tensor, "rows d_in"]
+) -> Float[Tensor, "rows n"]:
+    """`acts`, NaN where a token is not finite: comparisons alone would make it look silent."""
+    is_bad = ~torch.isfinite(z).all(dim=1)
+    if bool(is_bad.any()):
+        acts[is_bad] = float("nan")
     return acts

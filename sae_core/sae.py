@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_core import activation_functions as gates
-from sae_core.encoder import Columns, Encoder, apply_gate, normalised
+from sae_core.columns import Columns
+from sae_core.encoder import Encoder, encode_all, normalised
 from sae_core.errors import ShapeError
 from sae_core.exact_product import padded_to_tiles
 from sae_core.sae_config import RANKED, SAECard, SAEConfig
@@ -90,29 +90,17 @@ class SAE:
         """
         if latent_ids is not None:
             return self.slice(latent_ids)(x)
-        config = self.config
-        shape = (*x.shape[:-1], config.d_sae)
-        h = self.pre_acts(x).reshape(-1, config.d_sae)
-        if config.architecture == "groupmax":
-            assert config.k is not None
-            grouped = h.reshape(len(h), config.k, -1)
-            return (torch.relu(grouped) * gates.group_largest(grouped)).reshape(shape)
-        if config.architecture not in RANKED:
-            return apply_gate(config, h, self._all_columns).reshape(shape)
-        assert config.k is not None
-        norms = self._all_columns.norms
-        scaled = h if norms is None else h * norms
-        kept = gates.largest(scaled.abs() if config.architecture == "abstopk" else scaled, config.k)
-        acts = scaled if config.decoder_norms == "acts" else h
-        if config.architecture == "topk" and not config.signed:
-            acts = torch.relu(acts)
-        return (acts * kept).reshape(shape)
+        acts = encode_all(self.config, self._all_columns, self._normalised(x))
+        return acts.reshape(*x.shape[:-1], self.config.d_sae)
 
     def pre_acts(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_sae"]:
         """What enters the gate, of every latent, before any decoder norm."""
+        h = self._all_columns.pre_acts(self._normalised(x))
+        return h.reshape(*x.shape[:-1], self.config.d_sae)
+
+    def _normalised(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "rows d_in"]:
         b_dec = self.weights.b_dec if self.config.apply_b_dec_to_input else None
-        z = normalised(self.config, x, b_dec).z.reshape(-1, self.config.d_in)
-        return self._all_columns.pre_acts(z).reshape(*x.shape[:-1], self.config.d_sae)
+        return normalised(self.config, x, b_dec).z.reshape(-1, self.config.d_in)
 
     def decode(
         self, latent_acts: Float[Tensor, "... d_sae"], x: Float[Tensor, "... width"] | None = None
@@ -206,9 +194,11 @@ class SAE:
             raise ShapeError(f"latent_ids has {outside.tolist()}, expected ids from 0 to {last}")
         if repeated := [i for i, n in Counter(ids.tolist()).items() if n > 1]:
             raise ShapeError(f"latent_ids has {repeated} more than once, expected each id once")
-        encoder = Encoder(self.config, self._store, ids)
-        is_loaded = "weights" in vars(self)
-        return encoder.to(self.weights.W_enc.device) if is_loaded else encoder
+        if "weights" not in vars(self):
+            return Encoder(self.config, self._store, ids)
+        ranks = self.config.architecture in RANKED
+        encoder = Encoder(self.config, self._store, ids, self._all_columns if ranks else None)
+        return encoder.to(self.weights.W_enc.device)
 
     @cached_property
     def _all_columns(self) -> Columns:
