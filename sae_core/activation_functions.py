@@ -61,25 +61,6 @@ def batchtopk(
     return acts * (acts > threshold)
 
 
-def topk(pre_acts: Float[Tensor, "... d_sae"], k: int) -> Float[Tensor, "... d_sae"]:
-    """The positive ones among the `k` largest pre-activations of each token, else 0.
-
-    Source: Gao et al. 2024, arXiv:2406.04093.
-    """
-    return torch.relu(pre_acts) * largest(pre_acts, k)
-
-
-def largest(keys: Float[Tensor, "... d_sae"], k: int) -> Bool[Tensor, "... d_sae"]:
-    """Which `k` of each row are its largest; among equals at the k-th place the lowest ids."""
-    kth = keys.topk(k, dim=-1).values[..., -1:]
-    above = keys > kth
-    n_tied_kept = k - above.sum(dim=-1, keepdim=True)
-    tied = keys == kth
-    if bool((tied.sum(dim=-1, keepdim=True) > n_tied_kept).any()):
-        tied &= tied.cumsum(dim=-1) <= n_tied_kept
-    return above | tied
-
-
 def group_largest(
     pre_acts: Float[Tensor, "... n_groups group"],
 ) -> Bool[Tensor, "... n_groups group"]:

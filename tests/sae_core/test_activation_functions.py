@@ -1,9 +1,18 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from sae_core.activation_functions import batchtopk, jumprelu, relu, topk
+from sae_core.activation_functions import (
+    batchtopk,
+    gated,
+    group_largest,
+    jumprelu,
+    relu,
+    tanh_relu,
+)
 
 
 def test_relu_drops_what_is_not_positive() -> None:
@@ -20,28 +29,24 @@ def test_negative_threshold_lets_no_negative_value_through() -> None:
     assert acts.tolist() == [0.0, 0.25]
 
 
-def test_topk_keeps_the_k_largest_and_only_positive_ones() -> None:
-    assert topk(torch.tensor([3.0, 1.0, 2.0, -1.0]), 2).tolist() == [3, 0, 2, 0]
-    assert topk(torch.tensor([-3.0, 1.0, -2.0, -1.0]), 3).tolist() == [0, 1, 0, 0]
+def test_gated_latent_needs_its_gate_and_a_positive_magnitude() -> None:
+    projections = torch.tensor([[1.0, 1.0, -1.0]])
+    b_gate, r_mag = torch.tensor([0.5, -1.0, 3.0]), torch.tensor([math.log(2), 0.0, 0.0])
+    acts = gated(projections, b_gate, r_mag, torch.tensor([0.25, 0.0, 0.5]))
+    assert acts.tolist() == [[pytest.approx(2.25), 0.0, 0.0]]
 
 
-def test_topk_ties_go_to_the_lowest_ids_in_each_row() -> None:
-    rows = torch.tensor([[1.0, 2.0, 1.0, 1.0], [1.0, 1.0, 1.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
-    assert topk(rows, 2).tolist() == [[1, 2, 0, 0], [1, 0, 0, 2], [4, 3, 0, 0]]
+def test_tanh_relu_saturates_at_one() -> None:
+    acts = tanh_relu(torch.tensor([-1.0, 0.0, 0.5, 40.0]))
+    assert acts.tolist() == [0.0, 0.0, pytest.approx(math.tanh(0.5)), 1.0]
 
 
-def test_topk_equals_a_plain_loop_on_tied_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(-3, 4, (50, 20), generator=generator).float()
-    for k in (1, 5, 20):
-        expected = torch.zeros_like(rows)
-        for r, row in enumerate(rows.tolist()):
-            for j in sorted(range(20), key=lambda j, row=row: (-row[j], j))[:k]:
-                expected[r, j] = max(row[j], 0.0)
-        assert torch.equal(topk(rows, k), expected)
+def test_first_of_equal_latents_wins_its_group() -> None:
+    groups = torch.tensor([[[1.0, 2.0, 2.0], [0.0, 0.0, -1.0]]])
+    assert group_largest(groups).tolist() == [[[False, True, False], [True, False, False]]]
 
 
 def test_batchtopk_is_strictly_above_its_one_threshold() -> None:
     acts = batchtopk(torch.tensor([[0.5, 0.75, -2.0]]), 0.5)
     assert acts.tolist() == [[0.0, 0.75, 0.0]]
-    assert batchtopk(torch.tensor([[0.5, 0.75]]), torch.tensor(-1.0)).tolist() == [[0.5, 0.75]]
+    assert batchtopk(torch.tensor([[0.5, 0.75]]), -1.0).tolist() == [[0.5, 0.75]]
