@@ -8,6 +8,7 @@
     exact_product         matrix products with the same bits in whatever company
     columns, encoder      some latents, or all, of an SAE: pre-activations and gates
     ranking, leaders      TopK: which registered latents are among a token's k first
+    kernels               Triton kernels that nothing uses until they are shown faster
     sae                   SAE: encode, encode only some latents, decode
     formats/              one file per checkpoint format on disk, each path -> SAE
     language_model/       loads the LLM up to the layer needed, packed forward, tokenizer, GGUF
