@@ -7,7 +7,7 @@ other work on the machine disturbs less), seconds to load with a warm page cache
 What comes out is compared with SAELens' at 2,048 latents, and the count of active latents at all.
 The last row loads 256 latents of an SAE with a million (a file of holes, so its bytes are zeros).
 
-    python benchmarks/encode.py [--quick] [--json FILE] [--threads N] [--tokens N] [--seconds N]
+    python benchmarks/encode.py [--quick] [--json FILE] [--threads N] [--latents N ...]
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=840, help="no new case after this")
+    parser.add_argument("--seconds", type=float, default=600, help="no new case after this")
+    parser.add_argument("--latents", type=int, nargs="+", default=[16_384, 65_536, 262_144])
+    parser.add_argument("--widths", type=int, nargs="+", default=[640, 2304])
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -84,7 +86,7 @@ def parent(options: argparse.Namespace) -> None:
         "k": K,
     }
     print(", ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    sizes = [16_384] if options.quick else [16_384, 65_536, 262_144]
+    sizes, widths = ([16_384], [640]) if options.quick else (options.latents, options.widths)
     rows: list[dict[str, Any]] = []
     CACHE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="encode-") as name:
@@ -93,7 +95,7 @@ def parent(options: argparse.Namespace) -> None:
             rows.append(million(options, folder))
             shutil.rmtree(folder / "sae")
         for d_sae in sizes:
-            for d_in in [640] if options.quick else [640, 2304]:
+            for d_in in widths:
                 if time.monotonic() - started > options.seconds:
                     print(f"{d_sae} x {d_in}: left out, {options.seconds:.0f} s are over")
                     continue

@@ -2,7 +2,8 @@
 
 torch computes these in vectors and what is left over one by one, by another formula, so that the
 last bit of a latent depends on where in a tensor it lies. Here they are sums and products, which
-IEEE 754 rounds in one way everywhere, in float64; about four times slower than torch's.
+IEEE 754 rounds in one way everywhere, in float64; sixteen times slower than torch's, which only
+GLU and tanh_relu encoders notice (benchmarks/LOG.md, 2026-11-24).
 """
 
 from __future__ import annotations
