@@ -24,7 +24,7 @@ from sae_core.stored import InMemory, Stored
 ELEMENTWISE = ("relu", "tanh_relu", "jumprelu", "gated", "batchtopk")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOUNDED = settings(
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -166,7 +166,7 @@ def test_a_slice_of_an_elementwise_gate_has_the_bits_of_the_whole(
 
 
 @BOUNDED
-@given(plan=plans(RANKED), tiles=st.integers(1, 6), block=st.integers(1, 70 * 700))
+@given(plan=plans(RANKED), tiles=st.integers(1, 6), block=st.integers(8960, 70 * 700))
 def test_a_slice_of_a_ranked_gate_has_the_bits_of_the_whole(
     plan: Plan, tiles: int, block: int, tmp_path: Path
 ) -> None:
@@ -187,7 +187,7 @@ def test_a_token_alone_has_the_bits_that_it_has_in_a_batch(plan: Plan, tmp_path:
     sae, ids, x = built(plan, tmp_path)
     encoder = sae.slice(ids)
     acts = encoder(x)
-    some = list(range(plan.seed % len(x), len(x), 13))
+    some = list(range(plan.seed % len(x), len(x), 29))
     for row in some:
         assert same_bits(encoder(x[row : row + 1]), acts[row : row + 1])
         assert same_bits(encoder(x[row]), acts[row])
@@ -316,7 +316,7 @@ def test_a_token_that_is_not_finite_never_looks_silent() -> None:
             assert bool(acts[[0, 2]].isfinite().all())
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 70),
     d_in=st.integers(1, 300),
