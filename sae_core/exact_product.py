@@ -3,7 +3,7 @@
 A BLAS picks its kernel by the shape of the whole product, so that the same token and the same
 latent can differ in the last bit between a large batch and a small one, or between a whole
 encoder and some of its columns. Where rows and columns are padded to whole tiles it does not:
-checked over 13,600 random shapes with MKL 2024.2 on AVX2 (benchmarks/LOG.md, 2026-11-24). `W` has
+checked over 10,400 random shapes with MKL 2024.2 on AVX2 (benchmarks/LOG.md, 2026-11-24). `W` has
 to lie row after row: under MKL_CBWR=COMPATIBLE a transposed one gives other bits than a plain one.
 """
 
