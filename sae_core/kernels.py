@@ -5,8 +5,8 @@
 
 No kernel is chosen anywhere until `benchmarks/kernels.py` has shown it faster than torch by a
 margin that `benchmarks/LOG.md` holds, on the card in question. Products are IEEE float32, without
-TF32. Needs the package `triton`; where it is missing, only the torch forms are there. Triton's
-interpreter (TRITON_INTERPRET=1, set before triton is imported) runs the kernels on the CPU.
+TF32. Importing this needs the package `triton`, which nothing else does. Triton's interpreter
+(TRITON_INTERPRET=1, set before triton is imported) runs the kernels on the CPU.
 """
 
 from __future__ import annotations
