@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from monitor.bundle import BundleSpec
+from monitor.bundle_spec import BundleSpec
 from monitor.coverage import StageCount
 from monitor.policy import DENSE, FUSED, SAE, Crossing, Judgement, Policy, PolicyState
 from monitor.records import (

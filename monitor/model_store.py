@@ -16,7 +16,8 @@ import huggingface_hub
 import structlog
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from monitor.bundle import Bundle, ModelRef
+from monitor.bundle import Bundle
+from monitor.bundle_spec import ModelRef
 from monitor.errors import ModelStoreError
 from sae_core.errors import SAECoreError
 from sae_core.language_model.checksums import CHECKSUMS, digest_folder, verify_folder

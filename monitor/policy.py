@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from monitor.bundle import BundleSpec, ClusterModel, PolicyModel, RuleCondition, SoloThreshold
+from monitor.bundle_spec import BundleSpec, ClusterModel, PolicyModel, RuleCondition, SoloThreshold
 from monitor.errors import NotFoundError
 from monitor.records import Action, Mode, Overall, RuleResult, Severity, Stage, Verdict
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from monitor.bundle import SAERef, load_unsealed, parse_spec
+from monitor.bundle import load_unsealed
+from monitor.bundle_spec import SAERef, parse_spec
 from monitor.errors import BundleError, SAEStoreError
 from monitor.hash_cache import HashCache
 from monitor.hub import HubAccess

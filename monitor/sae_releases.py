@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from monitor.bundle import Scalar
+from monitor.bundle_spec import Scalar
 from monitor.errors import SAEStoreError
 
 TABLE = Path(__file__).with_name("sae_releases.yaml")

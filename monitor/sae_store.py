@@ -16,7 +16,8 @@ from pathlib import Path
 
 import structlog
 
-from monitor.bundle import Bundle, HubRef, SAERef, Scalar
+from monitor.bundle import Bundle
+from monitor.bundle_spec import HubRef, SAERef, Scalar
 from monitor.errors import BundleError, SAEStoreError
 from monitor.hash_cache import HashCache
 from monitor.hub import HubAccess, Snapshot, cached, download, siblings

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from monitor import __version__
-from monitor.bundle import Bundle, BundleSpec
+from monitor.bundle import Bundle
+from monitor.bundle_spec import BundleSpec
 from monitor.engine import torch_dtype
 from monitor.errors import BundleError, ModelStoreError
 from monitor.evidence import BenignP, ClusterPlan, aggregate_specs

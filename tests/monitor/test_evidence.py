@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from monitor.bundle import BundleSpec
+from monitor.bundle_spec import BundleSpec
 from monitor.evidence import ClusterPlan, Evidence, aggregate_specs
 from monitor.policy import Policy
 from monitor.records import Coverage, Stage, UnscoredReason

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from monitor.bundle import BundleSpec
+from monitor.bundle_spec import BundleSpec
 from monitor.errors import NotFoundError
 from monitor.policy import Policy
 from monitor.records import Action, Severity, Stage, Verdict
