@@ -10,7 +10,6 @@ from monitor.bundle import FIDELITY_FOLDER, MANIFEST, PROBES
 from monitor.errors import BundleError
 from monitor.fidelity import measure_fidelity
 from monitor.served import Served
-from sae_core.fidelity import Bands
 from sae_core.sae import SAE
 from sae_core.training.probes import probe_rows
 
@@ -32,7 +31,8 @@ def write_default_probes(folder: Path) -> str | None:
         BundleError: The bundle is sealed.
     """
     path = folder / PROBES
-    if path.exists() or not (folder / "bundle.yaml").exists():
+    has_some = path.exists() and path.read_text(encoding="utf-8").strip()
+    if has_some or not (folder / "bundle.yaml").exists():
         return None
     _check_unsealed(folder)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in probe_rows()]
@@ -51,7 +51,7 @@ def write_bands(served: Served, *, force: bool) -> Outcome:
     doubts, contents = [], {}
     for sae_id, (point, sae) in served.saes.items():
         measured, better = measure_fidelity(served, sae_id)
-        contents[sae_id] = Bands.around(measured).to_json()
+        contents[sae_id] = measured.to_json()
         for place in better[:3]:
             doubts.append(
                 f"SAE {sae_id}: FVU is {measured.fvu:.3g} at {point} and "
@@ -73,7 +73,11 @@ def write_bands(served: Served, *, force: bool) -> Outcome:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         fvu = "not measured" if content["fvu"] is None else f"{content['fvu']:.4g}"
-        written.append(f"{FIDELITY_FOLDER}/{path.name}: FVU {fvu}, L0 {content['l0']:.4g}")
+        n_silent = sum(count == 0 for count in content["firings"].values())
+        written.append(
+            f"{FIDELITY_FOLDER}/{path.name}: FVU {fvu}, L0 {content['l0']:.4g}; {n_silent} of "
+            f"{len(content['firings'])} registered latents fire on no probe text and are not held"
+        )
     return Outcome(tuple(written), tuple(doubts))
 
 

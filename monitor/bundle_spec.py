@@ -108,6 +108,8 @@ class SAERef(_Data):
                 raise ValueError(
                     f"{key}: found {type(hint).__name__}, expected text, a number, true or false"
                 )
+            if key in ("subfolder", "weights_file") and not _stays_inside(str(hint)):
+                raise ValueError(f"{key}: found {hint!r}, expected a place inside the SAE's path")
             if isinstance(hint, float) and not math.isfinite(hint):
                 raise ValueError(f"{key}: found {hint}, expected a finite number")
         return value

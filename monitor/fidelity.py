@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import structlog
+
 from monitor.bundle import FIDELITY_FOLDER, PROBES
 from monitor.errors import BundleError, UnfitError
 from monitor.served import Served
@@ -21,6 +23,8 @@ from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel
 from sae_core.language_model.processing import DEFAULT_PROCESSING
 from sae_core.probe_reader import ProbeReader
+
+log = structlog.get_logger(__name__)
 
 NAMED_CAUSES = 3
 """Causes in a message; the table of `bundle check` has them all."""
@@ -49,13 +53,16 @@ class SAEFidelity:
     @property
     def message(self) -> str:
         """One line: the numbers that are off, then the likely causes."""
+        if not self.causes:
+            other = "" if self.model_differs is None else f". The model: {self.model_differs}"
+            return f"SAE {self.sae} at {self.hook_point}: {'; '.join(self.problems)}{other}"
         tried = f"of {len(self.causes)} mistakes tried"
         likely = [cause for cause in self.causes if cause.explains][:NAMED_CAUSES]
         lines = [f"({n}) {_brief(cause)}" for n, cause in enumerate(likely, 1)]
         if self.model_differs is not None:
             lines.insert(0, f"wrong model or revision: {self.model_differs}")
         if not likely:
-            nearest = f"; nearest: {_brief(self.causes[0])}" if self.causes else ""
+            nearest = f"; nearest: {_brief(self.causes[0])}"
             lines.append(
                 "none brings it back into its bands, so most likely a wrong model or revision, "
                 f"or other SAE weights{nearest}"
@@ -87,15 +94,16 @@ def check_fidelity(served: Served, *, explain: bool = True) -> tuple[SAEFidelity
                 "(`sae-monitor bundle measure` writes it)"
             )
         try:
-            bands = Bands.from_json(content, name)
+            d_sae = served.saes[sae_id][1].config.d_sae
+            bands = Bands.from_json(content, name, d_sae=d_sae)
             found.append(_judge(served, sae_id, bands, explain=explain))
         except SAECoreError as error:
             raise BundleError(f"SAE {sae_id}: {error}") from error
     return tuple(found)
 
 
-def measure_fidelity(served: Served, sae_id: str) -> tuple[Measured, tuple[Place, ...]]:
-    """The numbers alone, for bands that do not exist yet, and places that the SAE fits better.
+def measure_fidelity(served: Served, sae_id: str) -> tuple[Bands, tuple[Place, ...]]:
+    """Bands that do not exist yet, around what is measured, and places that the SAE fits better.
 
     Raises:
         BundleError: The bundle has no probe texts.
@@ -104,7 +112,8 @@ def measure_fidelity(served: Served, sae_id: str) -> tuple[Measured, tuple[Place
         reader = _reader(served, sae_id)
         measured, hook_point = _measure(served, sae_id, reader)
         sae = served.saes[sae_id][1].replaced()
-        return measured, better_places(sae, hook_point, measured, reader)
+        bands = Bands.around(measured, with_bos=reader.begins_with_bos)
+        return bands, better_places(sae, hook_point, measured, reader)
     except SAECoreError as error:
         raise BundleError(f"SAE {sae_id}: {error}") from error
 
@@ -121,10 +130,25 @@ def _judge(served: Served, sae_id: str, bands: Bands, *, explain: bool) -> SAEFi
     reader = _reader(served, sae_id)
     measured, hook_point = _measure(served, sae_id, reader)
     problems = bands.problems(measured)
+    if bands.with_bos != reader.begins_with_bos:
+        habits = {True: "with BOS", False: "without BOS"}
+        found, expected = habits[reader.begins_with_bos], habits[bands.with_bos]
+        problems += (f"the probe texts are read {found}, expected {expected} as measured",)
     causes: tuple[Cause, ...] = ()
-    if problems and explain:
+    if explain and problems and measured.n_tokens == bands.n_tokens:
         sae = served.saes[sae_id][1].replaced()
-        causes = diagnose(sae, hook_point, bands, reader, with_bos=reader.begins_with_bos)
+        try:
+            causes = diagnose(
+                sae,
+                hook_point,
+                bands,
+                reader,
+                with_bos=reader.begins_with_bos,
+                out=sae.card.hook_point_out,
+            )
+        except (SAECoreError, MemoryError, RuntimeError) as error:
+            # What is off must be told, whatever becomes of the search for the cause.
+            log.warning("diagnosis_failed", sae=sae_id, error=str(error))
     return SAEFidelity(
         sae=sae_id,
         hook_point=hook_point,
@@ -154,7 +178,7 @@ def _reader(served: Served, sae_id: str) -> ProbeReader:
     bundle, model = served.bundle, served.scorer.language_model
     if not bundle.probes:
         raise BundleError(
-            f"bundle: found no {PROBES} in {bundle.folder}, expected probe texts for its SAEs "
+            f"bundle: found no probe texts, expected some for its SAEs in {PROBES} "
             "(`sae-monitor bundle measure` writes some)"
         )
     processed = served.saes[sae_id][1].card.processing == "default"

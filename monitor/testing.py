@@ -123,7 +123,8 @@ def _write_fidelity(bundle: Path, sae: SAE, model_folder: Path) -> None:
     rows = [{"id": f"probe-{n}", "text": text} for n, text in enumerate(NEUTRAL_TEXTS, 1)]
     (bundle / PROBES).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (bundle / FIDELITY_FOLDER).mkdir(exist_ok=True)
-    bands = Bands.around(measure(sae, x, range(6)))
+    latent_ids = range(sae.config.d_sae)  # whatever a test registers
+    bands = Bands.around(measure(sae, x, latent_ids), with_bos=reader.begins_with_bos)
     (bundle / FIDELITY_FOLDER / "l1.json").write_text(json.dumps(bands.to_json()) + "\n")
 
 

@@ -13,11 +13,6 @@ from torch import Tensor
 from sae_core.elementary import exp, tanh
 
 
-def relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
-    """Each positive pre-activation, else 0."""
-    return torch.relu(pre_acts)
-
-
 def tanh_relu(pre_acts: Float[Tensor, "... d_sae"]) -> Float[Tensor, "... d_sae"]:
     """The hyperbolic tangent of each positive pre-activation, else 0 (SAELens 5, `tanh-relu`)."""
     return tanh(torch.relu(pre_acts))

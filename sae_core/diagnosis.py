@@ -6,7 +6,7 @@ often another model: its weights cannot be tried, but may be compared by digest.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
 from typing import NamedTuple
@@ -19,10 +19,12 @@ from sae_core.fidelity import Bands, Measured, measure
 from sae_core.hook_points import parse_hook_point
 from sae_core.probe_reader import ProbeReader
 from sae_core.sae import SAE
-from sae_core.sae_config import RANKED, THRESHOLDED, SAEConfig
+from sae_core.sae_config import Architecture, SAEConfig
 from sae_core.sae_weights import SAEWeights
 
 LAYERS_AROUND = 3
+NO_DIFFERENCE = 1e-3
+"""Distance below which two measurements are the same."""
 SITES = ("hook_resid_post", "hook_resid_mid", "hook_attn_out", "hook_mlp_out")
 """Tried in every near layer; resid_pre is resid_post of the layer before, but for layer 0."""
 
@@ -39,33 +41,105 @@ class Cause:
     """From the expected numbers, in powers of e; 0 is the very same."""
 
 
+LARGEST_TRIED = 2**28
+"""Encoder numbers beyond which other formulas are not tried: they need the whole SAE in memory."""
+
+MakeSAE = Callable[[], SAE]
+
+
 def diagnose(
-    sae: SAE, hook_point: str, bands: Bands, reader: ProbeReader, *, with_bos: bool = True
+    sae: SAE,
+    hook_point: str,
+    bands: Bands,
+    reader: ProbeReader,
+    *,
+    with_bos: bool = True,
+    out: str | None = None,
 ) -> tuple[Cause, ...]:
     """What may be wrong with an SAE outside its bands, the likeliest first.
 
     Tries other layers and sites near by, the other habits of normalising, of `b_dec`, of gates and
-    thresholds, and texts with BOS or without, other than `with_bos`. Reads the whole SAE into
-    memory.
+    thresholds, and texts with BOS or without, other than `with_bos`. Formulas need the whole SAE in
+    memory, and are left out where it is larger than `LARGEST_TRIED`.
+
+    Args:
+        out: The place that a transcoder predicts; in other layers the one beside it is taken.
     """
     causes: list[Cause] = []
     hook_point = reader.canonical(hook_point)
-    latent_ids = sorted(bands.firings)
-    activations = reader.read(_places(hook_point), with_bos)
+    places = _places(hook_point)
+    targets = {place: _beside(reader.canonical(out), hook_point, place) for place in places if out}
+    activations = reader.read([*places, *dict.fromkeys(targets.values())], with_bos)
     here = activations.get(hook_point)
-    for place, x in activations.items():
-        if place != hook_point:
-            _try(causes, sae, x, latent_ids, bands, _misplaced(hook_point, place))
+    if here is None:
+        return ()
+    target = activations.get(targets.get(hook_point, ""))
+    latent_ids = sorted(bands.firings)
+    attempt = _Attempts(bands, latent_ids, measure(sae, here, latent_ids, target=target), causes)
+    for place in places:
+        x = activations.get(place)
+        if x is not None and place != hook_point:
+            there = activations.get(targets.get(place, ""))
+            attempt(_misplaced(hook_point, place), lambda: sae, x, there)
     other = reader.read([hook_point], not with_bos).get(hook_point)
     if other is not None:
         had = "with" if with_bos else "without"
         wants = "without" if with_bos else "with"
         what = f"BOS handled differently: texts were read {had} BOS, it fits them {wants}"
-        _try(causes, sae, other, latent_ids, bands, what)
-    if here is not None:
-        for what, changed in _other_formulas(sae, here, bands):
-            _try(causes, changed, here, latent_ids, bands, what)
+        attempt(what, lambda: sae, other, None)
+    if sae.config.d_in * sae.config.d_sae <= LARGEST_TRIED:
+        for what, make in _other_formulas(sae, here, bands):
+            attempt(what, make, here, target)
     return tuple(sorted(causes, key=lambda cause: (not cause.explains, cause.distance)))
+
+
+class _Attempts(NamedTuple):
+    """Tries one mistake after the other and keeps what each gives."""
+
+    bands: Bands
+    latent_ids: Sequence[int]
+    as_is: Measured
+    """What the SAE gives without any change: a change that changes nothing is no cause."""
+    causes: list[Cause]
+
+    def __call__(
+        self,
+        what: str,
+        make: MakeSAE,
+        x: Float[Tensor, "n width"],
+        target: Float[Tensor, "n d_out"] | None,
+    ) -> None:
+        try:
+            sae = make()
+            if not sae.config.reads(x.shape[-1]):
+                return
+            measured = measure(sae, x, self.latent_ids, target=target)
+        except SAECoreError:
+            return  # a formula that these numbers do not allow explains nothing
+        if _distance(Bands.around(self.as_is), measured) < NO_DIFFERENCE:
+            return
+        # With another BOS habit the same texts may have another number of tokens to score.
+        bands = replace(self.bands, n_tokens=measured.n_tokens)
+        if measured.fvu is None:  # a transcoder's target is not there to be read
+            none = dict.fromkeys(("fvu", "fvu_min", "fvu_max"))
+            none |= dict.fromkeys(("fvu_median", "fvu_median_min", "fvu_median_max"))
+            bands = replace(bands, **none)  # type: ignore[arg-type]
+        cause = Cause(
+            what=what,
+            measured=measured,
+            explains=not bands.problems(measured),
+            distance=_distance(bands, measured),
+        )
+        self.causes.append(cause)
+
+
+def _beside(out: str, hook_point: str, place: str) -> str:
+    """The transcoder's target, as many layers on as the place is."""
+    point = parse_hook_point(out)
+    moved = point.layer + parse_hook_point(place).layer - parse_hook_point(hook_point).layer
+    if moved < 0 or point.site == "module":
+        return out
+    return str(replace(point, layer=moved))
 
 
 class Place(NamedTuple):
@@ -91,33 +165,11 @@ def better_places(
     found = []
     hook_point = reader.canonical(hook_point)
     for place, x in reader.read(_places(hook_point), reader.begins_with_bos).items():
-        if place != hook_point and x.shape[-1] == sae.config.d_in:
+        if place != hook_point and sae.config.reads(x.shape[-1]):
             there = measure(sae, x)
             if there.fvu is not None and there.fvu < CLEARLY_BETTER * measured.fvu:
                 found.append(Place(place, there))
     return tuple(sorted(found, key=lambda place: place.measured.fvu or 0.0))
-
-
-def _try(
-    causes: list[Cause],
-    sae: SAE,
-    x: Float[Tensor, "n width"],
-    latent_ids: Sequence[int],
-    bands: Bands,
-    what: str,
-) -> None:
-    if x.shape[-1] != sae.config.d_in:
-        return
-    try:
-        measured = measure(sae, x, latent_ids)
-    except SAECoreError:
-        return  # a formula that these numbers do not allow explains nothing
-    # With another BOS habit the same texts may have another number of tokens to score.
-    at_ease = replace(bands, n_tokens=measured.n_tokens)
-    explains = not at_ease.problems(measured)
-    causes.append(
-        Cause(what=what, measured=measured, explains=explains, distance=_distance(bands, measured))
-    )
 
 
 def _distance(bands: Bands, measured: Measured) -> float:
@@ -154,44 +206,57 @@ def _misplaced(hook_point: str, place: str) -> str:
 
 def _other_formulas(
     sae: SAE, x: Float[Tensor, "n width"], bands: Bands
-) -> Iterator[tuple[str, SAE]]:
+) -> Iterator[tuple[str, MakeSAE]]:
     """The same numbers under other formulas, each with the mistake that it would undo."""
     config, weights = sae.config, sae.weights
+
+    def changed(weights: SAEWeights = weights, **changes: object) -> MakeSAE:
+        return lambda: SAE(replace(config, **changes), weights, sae.card)  # type: ignore[arg-type]
+
     length = config.d_in**0.5 / float(x.float().norm(dim=-1).mean().clamp(min=1e-30))
     for normalize in ("layer_norm", "unit_norm", "none"):
         if normalize != config.normalize:
             what = f"missing normalisation: it fits inputs normalised by {normalize}"
-            yield from _changed(sae, what, normalize=normalize)
+            yield what, changed(normalize=normalize)
     what = f"missing normalisation: it fits inputs times {length:.4g} (sqrt(d_in) / mean length)"
-    yield from _changed(sae, what, input_scale=length, output_scale=length)
+    yield what, changed(input_scale=length, output_scale=length)
     habit = "without" if config.center_input else "with"
     what = f"centring: it fits inputs {habit} their mean taken off (center)"
-    yield from _changed(sae, what, center_input=not config.center_input)
+    yield what, changed(center_input=not config.center_input)
     if not config.predicts_another_place:
         habit = "without" if config.apply_b_dec_to_input else "with"
         what = f"b_dec: it fits inputs {habit} b_dec taken off (apply_b_dec_to_input)"
-        yield from _changed(sae, what, apply_b_dec_to_input=not config.apply_b_dec_to_input)
-    norms = "acts" if config.decoder_norms == "unused" else "unused"
-    yield from _changed(sae, f"decoder norms: it fits decoder_norms {norms}", decoder_norms=norms)
-    plain = weights._replace(threshold=None)
-    k = min(config.d_sae, max(1, round(bands.l0)))
-    if config.architecture not in RANKED and config.architecture != "gated":
-        topk = replace(config, architecture="topk", k=k)
-        yield f"wrong gate: it fits TopK with k {k}", SAE(topk, plain, sae.card)
-    if config.architecture in (*THRESHOLDED, *RANKED):
-        relu = replace(config, architecture="relu", k=None, signed=False)
-        yield "wrong gate: it fits ReLU", SAE(relu, plain, sae.card)
+        yield what, changed(apply_b_dec_to_input=not config.apply_b_dec_to_input)
+    if config.architecture != "gated":
+        norms = "acts" if config.decoder_norms == "unused" else "unused"
+        yield f"decoder norms: it fits decoder_norms {norms}", changed(decoder_norms=norms)
+        plain = weights._replace(threshold=None)
+        for architecture, k in _other_ranks(config, bands):
+            kind = "wrong k" if architecture == config.architecture else "wrong gate"
+            gate = {"topk": "TopK", "abstopk": "AbsTopK"}[architecture]
+            make = changed(plain, architecture=architecture, k=k, signed=False)
+            yield f"{kind}: it fits {gate} with k {k}", make
+        if config.architecture != "relu":
+            make = changed(plain, architecture="relu", k=None, signed=False)
+            yield "wrong gate: it fits ReLU", make
     if weights.threshold is not None:
         factor = _threshold_factor(sae, x, bands.l0)
         scaled = weights._replace(threshold=weights.threshold * factor)
-        yield f"unscaled threshold: it fits thresholds times {factor:.4g}", SAE(config, scaled)
+        yield f"unscaled threshold: it fits thresholds times {factor:.4g}", changed(scaled)
 
 
-def _changed(sae: SAE, what: str, **changes: object) -> Iterator[tuple[str, SAE]]:
-    config: SAEConfig = replace(sae.config, **changes)  # type: ignore[arg-type]
-    if config.decoder_norms != "unused" and config.architecture == "gated":
-        return
-    yield what, SAE(config, sae.weights, sae.card)
+def _other_ranks(config: SAEConfig, bands: Bands) -> list[tuple[Architecture, int]]:
+    """Ranked gates to try: with the k that gives the expected L0, and with k as it is."""
+    ks = {round(bands.l0)} if config.k is None else {round(bands.l0), config.k}
+    if config.k is not None:  # L0 lies below k where few latents are positive
+        ks |= {2 * config.k, config.k // 2}
+    gates: tuple[Architecture, ...] = ("topk", "abstopk")
+    return [
+        (gate, k)
+        for gate in gates
+        for k in sorted(ks)
+        if 1 <= k <= config.d_sae and (gate, k) != (config.architecture, config.k)
+    ]
 
 
 def _threshold_factor(sae: SAE, x: Float[Tensor, "n width"], l0: float) -> float:

@@ -52,7 +52,7 @@ def normalised(
 
     A token of zeros has no direction: under `unit_norm` it becomes NaN, as in the libraries.
     """
-    z = _cut(config, x).float()
+    z = cut_input(config, x).float()
     mean = shift = scale = None
     if config.center_input:
         mean = z.mean(dim=-1, keepdim=True)
@@ -72,7 +72,10 @@ def normalised(
     return Input(z, mean, shift, scale)
 
 
-def _cut(config: SAEConfig, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_in"]:
+def cut_input(config: SAEConfig, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_in"]:
+    """The part of `x` that the SAE reads: all of it, or its own head's."""
+    if x.ndim == 0:
+        raise ShapeError("x has no axes, expected at least the one of d_in numbers")
     width, d_in = x.shape[-1], config.d_in
     if width == d_in:
         return x
@@ -133,8 +136,9 @@ class Encoder:
 
     def __call__(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... n_latents"]:
         """Latent activations of the registered latents, in their order."""
-        z = normalised(self.config, x, self._b_dec).z.reshape(-1, self.config.d_in)
-        acts = self._encode(z)
+        with torch.no_grad():
+            z = normalised(self.config, x, self._b_dec).z.reshape(-1, self.config.d_in)
+            acts = self._encode(z)
         return acts.reshape(*x.shape[:-1], len(self.latent_ids))
 
     def _encode(self, z: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows n_latents"]:
@@ -144,9 +148,10 @@ class Encoder:
             return apply_gate(config, h, columns)
         assert config.k is not None
         if self._place is not None:
-            grouped = h.reshape(len(h), -1, config.d_sae // config.k)
+            size = config.d_sae // config.k
+            grouped = h.reshape(len(h), h.shape[1] // size, size)
             winners = gates.group_largest(grouped).reshape(h.shape)
-            acts = (torch.relu(h) * winners)[:, self._place]
+            acts = torch.where(winners, torch.relu(h), torch.zeros_like(h))[:, self._place]
             return _marked(acts, z)
         key = ranking_key(config, h, columns)
         kept = among_top_k(

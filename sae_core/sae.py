@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
-from sae_core.columns import Columns
+from sae_core.columns import Columns, read_columns
 from sae_core.encoder import Encoder, encode_all, normalised
 from sae_core.errors import ShapeError
 from sae_core.exact_product import padded_to_tiles
@@ -86,11 +86,14 @@ class SAE:
     ) -> Float[Tensor, "... n_latents"]:
         """Latent activations of `x`: of every latent, or of `latent_ids` in that order.
 
+        No gradient flows through them.
+
         To encode the same latents again and again, keep what `slice` returns.
         """
         if latent_ids is not None:
             return self.slice(latent_ids)(x)
-        acts = encode_all(self.config, self._all_columns, self._normalised(x))
+        with torch.no_grad():
+            acts = encode_all(self.config, self._all_columns, self._normalised(x))
         return acts.reshape(*x.shape[:-1], self.config.d_sae)
 
     def pre_acts(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "... d_sae"]:
@@ -99,7 +102,7 @@ class SAE:
         return h.reshape(*x.shape[:-1], self.config.d_sae)
 
     def _normalised(self, x: Float[Tensor, "... width"]) -> Float[Tensor, "rows d_in"]:
-        b_dec = self.weights.b_dec if self.config.apply_b_dec_to_input else None
+        b_dec = self._store.all_of("b_dec") if self.config.apply_b_dec_to_input else None
         return normalised(self.config, x, b_dec).z.reshape(-1, self.config.d_in)
 
     def decode(
@@ -121,36 +124,42 @@ class SAE:
     def reconstruct(
         self, x: Float[Tensor, "n width"], latent_ids: Sequence[int] = ()
     ) -> Reconstruction:
-        """`forward` with the facts that fidelity is judged by, for SAEs larger than memory.
+        """`forward` with the facts that fidelity is judged by, without holding the whole SAE.
 
-        Gates that look at one latent at a time go through the dictionary in chunks and keep none
-        of it; a ranked gate needs its whole encoder.
+        The dictionary is gone through in chunks. A ranked gate needs its whole encoder, and the
+        activations of all latents; a small SAE is read whole.
         """
         config, store = self.config, self._store
-        if config.architecture in RANKED or config.d_in * config.d_sae <= SMALL_NUMBERS:
+        ids = self._checked_ids(latent_ids)
+        if config.d_in * config.d_sae <= SMALL_NUMBERS:
             acts = self.encode(x)
             whole = None
             if self.weights.W_dec is not None:
                 whole = self._with_skip(self.decode(acts, x), x)
-            return Reconstruction(whole, _l0(acts), acts[:, list(latent_ids)])
+            return Reconstruction(whole, _l0(acts), acts[:, torch.from_numpy(ids)])
+        everything = self.encode(x) if config.architecture in RANKED else None
         b_dec = store.all_of("b_dec")
         assert b_dec is not None
         total = b_dec.to(x.device).repeat(len(x), 1)
         l0 = torch.zeros(len(x), dtype=torch.long, device=x.device)
         has_decoder = False
         for start in range(0, config.d_sae, CHUNK_LATENTS):
-            ids = np.arange(start, min(start + CHUNK_LATENTS, config.d_sae))
-            acts = Encoder(config, store, ids).to(x.device)(x)
+            some = np.arange(start, min(start + CHUNK_LATENTS, config.d_sae))
+            if everything is not None:
+                acts = everything[:, start : start + len(some)]
+            else:
+                acts = Encoder(config, store, some).to(x.device)(x)
             l0 += _l0(acts)
-            rows = store.some_of("W_dec", ids)
+            rows = store.some_of("W_dec", some)
             if rows is not None:
-                norms = store.decoder_norms(ids) if config.decoder_norms == "acts" else None
-                scaled = _decoded_acts(acts.cpu(), store.some_of("scaling_factor", ids), norms)
+                norms = store.decoder_norms(some) if config.decoder_norms == "acts" else None
+                scaled = _decoded_acts(acts.cpu(), store.some_of("scaling_factor", some), norms)
                 total += (scaled @ rows.cpu()).to(x.device)
                 has_decoder = True
         recons = self._with_skip(self._denormalised(total, x), x) if has_decoder else None
-        watched = self.slice(latent_ids).to(x.device)(x)
-        return Reconstruction(recons, l0, watched)
+        if everything is not None:
+            return Reconstruction(recons, l0, everything[:, torch.from_numpy(ids)])
+        return Reconstruction(recons, l0, Encoder(config, store, ids).to(x.device)(x))
 
     def _denormalised(
         self, recons: Float[Tensor, "... d_out"], x: Float[Tensor, "... width"] | None
@@ -185,23 +194,38 @@ class SAE:
     def slice(self, latent_ids: Sequence[int] | Tensor) -> Encoder:
         """An encoder of `latent_ids` alone, in that order, each once.
 
-        Raises ShapeError for an id outside 0 to d_sae - 1, and for one that comes twice.
+        Raises ShapeError for an id outside 0 to d_sae - 1, for one that comes twice, and for what
+        is no list of whole numbers.
         """
-        ids = np.asarray(torch.as_tensor(latent_ids).cpu(), np.int64).reshape(-1)
-        outside = ids[(ids < 0) | (ids >= self.config.d_sae)]
-        if len(outside):
-            last = self.config.d_sae - 1
-            raise ShapeError(f"latent_ids has {outside.tolist()}, expected ids from 0 to {last}")
-        if repeated := [i for i, n in Counter(ids.tolist()).items() if n > 1]:
-            raise ShapeError(f"latent_ids has {repeated} more than once, expected each id once")
+        ids = self._checked_ids(latent_ids)
         if "weights" not in vars(self):
             return Encoder(self.config, self._store, ids)
         ranks = self.config.architecture in RANKED
         encoder = Encoder(self.config, self._store, ids, self._all_columns if ranks else None)
         return encoder.to(self.weights.W_enc.device)
 
+    def _checked_ids(self, latent_ids: Sequence[int] | Tensor) -> Int64[np.ndarray, " n"]:
+        given = latent_ids.cpu().numpy() if isinstance(latent_ids, Tensor) else latent_ids
+        found = np.asarray(given if isinstance(given, np.ndarray) else list(given))
+        if found.size == 0:
+            return np.empty(0, np.int64)
+        if found.dtype.kind not in "iu" or found.ndim != 1:
+            raise ShapeError(
+                f"latent_ids is {found.ndim}-d of {found.dtype}, expected a list of whole numbers"
+            )
+        ids = np.ascontiguousarray(found, np.int64)
+        outside = ids[(ids < 0) | (ids >= self.config.d_sae)]
+        if len(outside):
+            last = self.config.d_sae - 1
+            raise ShapeError(f"latent_ids has {outside.tolist()}, expected ids from 0 to {last}")
+        if repeated := [i for i, n in Counter(ids.tolist()).items() if n > 1]:
+            raise ShapeError(f"latent_ids has {repeated} more than once, expected each id once")
+        return ids
+
     @cached_property
     def _all_columns(self) -> Columns:
+        if "weights" not in vars(self):
+            return read_columns(self.config, self._store)  # the decoder stays where it is
         device = self.weights.W_enc.device
         w = self.weights
         norms = None

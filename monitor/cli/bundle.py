@@ -174,26 +174,32 @@ def _load(folder: str, model: Path | None, progress: Progress) -> Served:
 
 def _fidelity_table(one: SAEFidelity) -> Table:
     """Numbers beside their bands; below them, where they are outside, what was tried."""
+    from sae_core.fidelity import FIRING_AGREEMENT
+
     m, b = one.measured, one.bands
     table = Table(box=None, title=f"SAE {one.sae} at {one.hook_point}", title_justify="left")
     for name in ("", "measured", "expected", ""):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
 
     def row(name: str, value: float | None, expected: str, word: str) -> None:
         outside = any(problem.startswith(word) for problem in one.problems)
-        table.add_row(name, number(value), expected, "OUTSIDE" if outside else "ok")
+        word = "not measured" if value is None else "OUTSIDE" if outside else "ok"
+        table.add_row(name, number(value), expected, word)
 
     def band(least: float | None, most: float | None) -> str:
         return f"{number(least)} to {number(most)}"
 
+    row("probe tokens", m.n_tokens, str(b.n_tokens), "the probe texts")
     row("FVU", m.fvu, band(b.fvu_min, b.fvu_max), "FVU")
     row("FVU, median dimension", m.fvu_median, band(b.fvu_median_min, b.fvu_median_max), "median")
     row("L0", m.l0, band(b.l0_min, b.l0_max), "L0")
     agreement = b.firing_agreement(m)
-    row("registered latents fire as before", agreement, ">= 0.5", "registered")
+    row("registered latents fire as before", agreement, f">= {FIRING_AGREEMENT}", "registered")
+    not_held = f"{len(b.silent)} of {len(b.firings)}"
+    table.add_row("fire on no probe text", not_held, "", "not held")
     for cause in one.causes:
         fits = "FITS" if cause.explains else ""
         numbers = f"FVU {number(cause.measured.fvu)}, L0 {number(cause.measured.l0)}"

@@ -18,7 +18,7 @@ from monitor.audit_log.record import RecordKind
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
 from monitor.config import ServeSettings, configure_logging, unknown_variables
-from monitor.errors import AuditError, UnfitError
+from monitor.errors import AuditError, BundleError, UnfitError
 from monitor.fidelity import check_fidelity
 from monitor.metrics import Component
 from monitor.model_store import Progress
@@ -193,18 +193,33 @@ class MonitorServer:
     async def _check_fidelity(self, served: Served) -> None:
         if self.settings.fidelity == "off":
             return
-        judged = await in_daemon_thread(lambda: check_fidelity(served))
+        try:
+            judged = await in_daemon_thread(lambda: check_fidelity(served, explain=False))
+        except BundleError as error:
+            if self.settings.fidelity == "gate":
+                raise
+            log.warning("sae_not_checked", reason=str(error))
+            return
         for one in judged:
             log.info("sae_measured", sae=one.sae, fits=one.fits, **asdict(one.measured))
+        if all(one.fits for one in judged):
+            return
+        await self._stay_closed("; ".join(one.message for one in judged if not one.fits))
+        judged = await in_daemon_thread(lambda: check_fidelity(served))
         unfit = [one.message for one in judged if not one.fits]
         for message in unfit:
             log.error("sae_unfit", message=message)
-        if unfit and self.settings.fidelity == "gate":
-            self._unfit = "; ".join(unfit)
-            if self._serving is not None:
-                self._serving.stay_closed(self._unfit)
-            await self._tell()
+        if self.settings.fidelity == "gate":
+            await self._stay_closed("; ".join(unfit))
             raise UnfitError(self._unfit)
+        self._unfit = ""
+
+    async def _stay_closed(self, reason: str) -> None:
+        """Tells everybody who asks why the server is not ready."""
+        self._unfit = reason
+        if self._serving is not None:
+            self._serving.stay_closed(reason)
+        await self._tell()
 
     def _liveness(self) -> list[ComponentState]:
         # That this runs at all shows that the event loop does.

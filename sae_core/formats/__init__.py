@@ -194,8 +194,12 @@ def load_sae(
     if center is not None and type(center) is not bool:
         raise SAEFormatError(f"{path}: hint center: found {center!r}, expected true or false")
     place = Path(path)
-    for part in (subfolder, weights_file):
-        place = place if part is None else place / part
+    for name, part in (("subfolder", subfolder), ("weights_file", weights_file)):
+        if part is None:
+            continue
+        if Path(part).is_absolute() or ".." in Path(part).parts:
+            raise SAEFormatError(f"{path}: hint {name}: found {part!r}, expected a place inside it")
+        place = place / part
     if not place.exists():
         raise SAEFormatError(f"{place}: does not exist, expected an SAE checkpoint")
     known = _format_of(place, format)
@@ -240,6 +244,13 @@ def _format_of(path: Path, name: str | None) -> Format:
         names = ", ".join(known.name for known in FORMATS)
         raise SAEFormatError(f"{path}: format is {name!r}, expected one of {names}")
     fitting = [known for known in FORMATS if known.recognises(path)]
+    if not fitting:
+        for folder in path.parents[:2]:
+            whole = [known.name for known in FORMATS if known.recognises(folder)]
+            if whole:
+                raise SAEFormatError(
+                    f"{path}: found a part of a {whole[0]} folder, expected its folder, {folder}"
+                )
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

@@ -148,8 +148,8 @@ def _normalization(cfg: Cfg, factor: float | None) -> tuple[Normalization, float
         if factor is None:
             raise cfg.error(
                 key,
-                "none, or the hint norm_scaling_factor (the factor that inputs were multiplied by "
-                "is not in the folder)",
+                "none, or the hint norm_scaling_factor (cfg.json does not have the factor that "
+                "inputs were multiplied by)",
             )
         return "none", float(factor)
     if factor is not None:
@@ -191,8 +191,8 @@ def _reads_b_dec(cfg: Cfg, kind: _Kind, is_old: bool) -> bool:
 def _is_rescaled(cfg: Cfg, kind: _Kind) -> bool:
     """Whether activations are multiplied by the norms of their decoder rows."""
     key = "rescale_acts_by_decoder_norm"
+    _check_scaler(cfg.path.with_name(SCALER))
     if kind.is_training:  # the key's default differs there, so it must be said
-        _check_scaler(cfg.path.with_name(SCALER))
         return cfg.flag(key)
     return kind.architecture in ("topk", "abstopk") and cfg.flag(key, default=False)
 

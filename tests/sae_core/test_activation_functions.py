@@ -10,13 +10,8 @@ from sae_core.activation_functions import (
     gated,
     group_largest,
     jumprelu,
-    relu,
     tanh_relu,
 )
-
-
-def test_relu_drops_what_is_not_positive() -> None:
-    assert relu(torch.tensor([-1.0, 0.0, 2.0])).tolist() == [0, 0, 2]
 
 
 def test_latent_at_threshold_is_off() -> None:

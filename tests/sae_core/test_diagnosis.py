@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sae_core.diagnosis import Cause, diagnose
 from sae_core.fidelity import Bands, measure
@@ -88,6 +90,14 @@ def as_relu(sae: SAE) -> SAE:
     return SAE(relu, sae.weights._replace(threshold=None))
 
 
+def with_k(k: int) -> Callable[[SAE], SAE]:
+    return lambda sae: sae.replaced(config=replace(sae.config, k=k))
+
+
+def as_abstopk(sae: SAE) -> SAE:
+    return sae.replaced(config=replace(sae.config, architecture="abstopk"))
+
+
 def without_b_dec(sae: SAE) -> SAE:
     return sae.replaced(config=replace(sae.config, apply_b_dec_to_input=False))
 
@@ -109,6 +119,9 @@ def unscaled(sae: SAE) -> SAE:
     ("made", "change", "said"),
     [
         ({"k": 10}, as_relu, "wrong gate: it fits TopK with k 10"),
+        ({"k": 10}, with_k(5), "wrong k: it fits TopK with k 10"),
+        ({"k": 10}, with_k(20), "wrong k: it fits TopK with k 10"),
+        ({"k": 6}, as_abstopk, "wrong gate: it fits TopK with k 6"),
         ({}, without_b_dec, "b_dec: it fits inputs with b_dec taken off"),
         ({}, thresholds_times(5.0), "unscaled threshold: it fits thresholds times 0."),
         ({}, thresholds_times(0.1), "unscaled threshold: it fits thresholds times 9.99"),
@@ -137,20 +150,67 @@ def test_missing_input_scale_is_caught_and_named(tmp_path: Path) -> None:
 def test_other_bos_habit_is_caught_and_named(folder: Path) -> None:
     sae = principal_sae(stream(folder))
     bands = bands_of(sae, folder)
-    causes = caught(sae, replace(bands, fvu_max=1.01 * (bands.fvu or 0)), folder, with_bos=False)
+    causes = caught(sae, bands, folder, with_bos=False)
     assert causes[0].explains
     assert causes[0].what == (
         "BOS handled differently: texts were read without BOS, it fits them with"
     )
 
 
-def test_other_weights_are_caught_and_nothing_explains_them(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_a_finetuned_model_are_caught_and_nothing_explains_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Chat weights for base weights: every matrix moved by a tenth of its spread."""
     sae = principal_sae(stream(folder))
     bands = bands_of(sae, folder)
-    family = "gpt2" if (folder / "config.json").read_text().count('"gpt2"') else "gemma3"
-    other = reader(tiny_model_folder(tmp_path, family, seed=7))
+    tuned = Path(shutil.copytree(folder, tmp_path / "tuned"))
+    generator = torch.Generator().manual_seed(3)
+    tensors = load_file(tuned / "model.safetensors")
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2:
+            noise = torch.randn(tensor.shape, generator=generator)
+            tensors[name] = tensor + 0.1 * tensor.float().std() * noise.to(tensor.dtype)
+    save_file(tensors, tuned / "model.safetensors", metadata={"format": "pt"})
+    other = reader(tuned)
     x = other.read([PLACE], True)[PLACE]
     assert bands.problems(measure(sae, x, range(10)))
     causes = diagnose(sae, PLACE, bands, other)
     assert causes
     assert not any(cause.explains for cause in causes)
+
+
+def test_transcoder_at_the_wrong_layer_is_named(folder: Path) -> None:
+    source, target = "blocks.1.hook_resid_mid", "blocks.1.hook_mlp_out"
+    x, y = stream(folder, source), stream(folder, target)
+    plain = principal_sae(x)
+    W_skip = torch.linalg.lstsq(x, y - plain.decode(plain.encode(x))).solution
+    sae = SAE(
+        replace(plain.config, predicts_another_place=True, apply_b_dec_to_input=False),
+        plain.weights._replace(W_skip=W_skip),
+    )
+    bands = Bands.around(measure(sae, x, range(10), target=y))
+    wrong, out = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+    measured = measure(sae, stream(folder, wrong), range(10), target=stream(folder, out))
+    assert bands.problems(measured)
+    causes = diagnose(sae, wrong, bands, reader(folder), out=out)
+    assert causes[0].explains
+    assert causes[0].what == f"wrong layer: it fits {source}"
+    assert causes[0].measured.fvu == pytest.approx(bands.fvu, rel=1e-4)
+
+
+def test_sae_that_only_encodes_is_diagnosed_without_a_decoder(folder: Path) -> None:
+    plain = principal_sae(stream(folder))
+    sae = SAE(plain.config, plain.weights._replace(W_dec=None))  # type: ignore[arg-type]
+    bands = Bands.around(measure(sae, stream(folder), range(10)))
+    assert bands.fvu is None
+    place = "blocks.0.hook_resid_post"
+    assert bands.problems(measure(sae, stream(folder, place), range(10)))
+    causes = diagnose(sae, place, bands, reader(folder))
+    assert causes[0].what == f"wrong layer: it fits {PLACE}"
+
+
+def test_change_that_changes_nothing_is_no_cause(folder: Path) -> None:
+    sae = principal_sae(stream(folder))
+    bands = replace(bands_of(sae, folder), l0_max=0.0, l0_min=0.0)
+    causes = diagnose(sae, PLACE, bands, reader(folder))
+    assert not any(cause.what.startswith("decoder norms") for cause in causes)  # all are 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from sae_core import ranking
 from sae_core.errors import ShapeError
+from sae_core.formats import load_sae
+from sae_core.formats.saelens_writer import save_saelens
 from sae_core.sae import SAE
 from sae_core.sae_config import Architecture, SAEConfig
 from sae_core.sae_weights import SAEWeights
@@ -221,3 +224,28 @@ def test_a_gate_that_looks_at_decoder_rows_needs_them() -> None:
     config = replace(sae.config, decoder_norms="acts")
     with pytest.raises(ShapeError, match=r"W_dec has shape None, expected \(50, 12\)"):
         SAE(config, sae.weights._replace(W_dec=None))
+
+
+def test_latent_ids_that_are_no_list_of_whole_numbers_are_refused() -> None:
+    sae = random_sae("relu")
+    for ids, found in (
+        (torch.tensor([1.7]), "1-d of float32"),
+        (torch.tensor([True, False]), "1-d of bool"),
+        (torch.tensor([[1, 2]]), "2-d of int64"),
+    ):
+        with pytest.raises(ShapeError, match=f"latent_ids is {found}, expected a list of whole"):
+            sae.slice(ids)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_input_that_asks_for_gradients_is_encoded_all_the_same(architecture: Architecture) -> None:
+    sae, x = random_sae(architecture), torch.randn(3, 12, requires_grad=True)
+    assert not sae.encode(x).requires_grad
+    assert torch.equal(sae.slice([4, 2])(x), sae.encode(x.detach())[:, [4, 2]])
+
+
+def test_encoding_leaves_the_decoder_where_it_is(tmp_path: Path) -> None:
+    save_saelens(random_sae("topk"), tmp_path)
+    stored, x = load_sae(tmp_path), torch.randn(3, 12)
+    assert torch.equal(stored.encode(x), random_sae("topk").encode(x))
+    assert "weights" not in vars(stored)

@@ -57,7 +57,7 @@ def measure(bundle: Path, *flags: str) -> tuple[int, str]:
 
 
 def check(bundle: Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["bundle", "check", str(bundle)], terminal_width=200)
+    result = CliRunner().invoke(app, ["bundle", "check", str(bundle)])
     return result.exit_code, " ".join(result.output.split())
 
 

@@ -67,3 +67,17 @@ def test_a_hint_of_another_type_is_refused(tmp_path: Path, hint: dict[str, Any],
     save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path)
     with pytest.raises(SAEFormatError, match=said):
         load_sae(tmp_path, **hint)
+
+
+@pytest.mark.parametrize("part", ["/etc", "../other", "a/../../b"])
+@pytest.mark.parametrize("hint", ["subfolder", "weights_file"])
+def test_a_place_outside_is_refused(tmp_path: Path, hint: str, part: str) -> None:
+    save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path / "sae")
+    with pytest.raises(SAEFormatError, match=f"hint {hint}: found .*, expected a place inside it"):
+        load_sae(tmp_path / "sae", **{hint: part})
+
+
+def test_a_file_of_a_folder_asks_for_the_folder(tmp_path: Path) -> None:
+    save_saelens(planted_sae(8, 16, architecture="relu", seed=0), tmp_path / "sae")
+    with pytest.raises(SAEFormatError, match="found a part of a saelens folder, expected its fold"):
+        load_sae(tmp_path / "sae" / "sae_weights.safetensors")

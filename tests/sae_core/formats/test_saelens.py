@@ -173,7 +173,7 @@ def test_training_checkpoint_without_an_estimated_threshold_is_refused(tmp_path:
         ({"apply_b_dec_to_input": "yes"}, "apply_b_dec_to_input: found 'yes', expected true"),
         (
             {"normalize_activations": "expected_average_only_in"},
-            "normalize_activations: found 'expected_average_only_in', .* not in the folder",
+            "normalize_activations: found 'expected_average_only_in', .* does not have the factor",
         ),
         (
             {"metadata": {"hook_head_index": "3"}},
