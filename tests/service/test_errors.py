@@ -346,7 +346,8 @@ def test_activations_that_are_no_numbers_are_refused_by_position(
     name = next(n for n in tensors if n.endswith("layers.0.mlp.down_proj.weight"))
     tensors[name] = np.full_like(tensors[name], np.nan)
     save_file(tensors, weights, metadata={"format": "pt"})
-    with serve(bundle, model=model) as server, server.client() as client:
+    # The gate would not let such a model become ready.
+    with serve(bundle, model=model, fidelity="off") as server, server.client() as client:
         with pytest.raises(ActivationError, match="position"):
             client.score(text="please bake bread")
         with client.stream() as stream:

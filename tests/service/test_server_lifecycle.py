@@ -196,7 +196,7 @@ def test_an_sae_of_another_width_is_refused(serve: Any, tiny_bundle: Path, tmp_p
     error = failure(serve, bundle)
     assert isinstance(error, BundleError)
     assert "d_in" in str(error)
-    assert "d_model" in str(error)
+    assert "blocks.1.hook_resid_post is 32 wide" in str(error)
 
 
 def test_a_model_folder_that_is_none_is_refused(serve: Any, tmp_path: Path) -> None:
