@@ -1,5 +1,8 @@
 """One thread that owns the scorer: tokens of many requests in, numbers out.
 
+Each piece of work names its `ActivationSource`: our own forward pass, or activations that somebody
+gave. From there on all work is alike.
+
 The event loop hands work over and awaits a future; the thread takes ragged batches up to a token
 budget, completions before prompts before replay, and never awaits. Long work is taken in chunks
 and goes back behind its peers, so that a long prompt delays others by one step at most. Work whose
@@ -13,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -30,8 +33,8 @@ from monitor.errors import (
     QueueFullError,
     SettingsError,
 )
+from sae_core.activation_source import ActivationSource
 from sae_core.errors import ScorerError, TokenError
-from sae_core.language_model.model import Segment
 from sae_core.language_model.packed import KVStream
 from sae_core.scorer import Scorer
 
@@ -96,8 +99,7 @@ class StepRecord:
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    stream: KVStream
-    token_ids: Sequence[int]
+    source: ActivationSource
     priority: Priority
     deadline: float | None
     future: asyncio.Future[EngineResult]
@@ -114,7 +116,7 @@ class _Work:
 
     @property
     def n_left(self) -> int:
-        return len(self.token_ids) - self.n_done
+        return self.source.n_tokens - self.n_done
 
 
 class Engine:
@@ -182,16 +184,15 @@ class Engine:
 
     async def score(
         self,
-        stream: KVStream,
-        token_ids: Sequence[int],
+        source: ActivationSource,
         *,
         priority: Priority,
         deadline: float | None = None,
     ) -> EngineResult:
-        """Runs `token_ids` as the continuation of `stream`.
+        """Scores the tokens of `source`.
 
-        One call at a time for one stream. When this raises or is cancelled, the stream may hold a
-        part of the tokens (`stream.length` says how many).
+        One call at a time for one stream. When this raises or is cancelled, the stream of an
+        `OwnForward` may hold a part of the tokens (`stream.length` says how many).
 
         Args:
             deadline: on the clock of time.monotonic; None waits for ever.
@@ -200,12 +201,12 @@ class Engine:
             QueueFullError: the queue holds its limit; nothing was queued.
             DeadlineError: the deadline passed before the last token was scored.
             NotReadyError: the engine is stopping or has died.
-            ActivationError: the model produced NaN or infinity.
+            ActivationError: activations or logits hold NaN or infinity.
         """
         loop = asyncio.get_running_loop()
+        n_tokens = source.n_tokens
         work = _Work(
-            stream=stream,
-            token_ids=token_ids,
+            source=source,
             priority=priority,
             deadline=deadline,
             future=loop.create_future(),
@@ -216,13 +217,13 @@ class Engine:
             if not self.alive:
                 raise NotReadyError("engine: not running, expected a live engine thread")
             waiting = self._queue_tokens
-            if waiting and waiting + len(token_ids) > self.max_queue_tokens:
+            if waiting and waiting + n_tokens > self.max_queue_tokens:
                 raise QueueFullError(
-                    f"queue: {waiting} tokens wait and {len(token_ids)} more were sent, "
+                    f"queue: {waiting} tokens wait and {n_tokens} more were sent, "
                     f"expected at most {self.max_queue_tokens}",
                     retry_seconds=min(30.0, max(0.05, waiting / self._tokens_per_second)),
                 )
-            self._queue_tokens += len(token_ids)
+            self._queue_tokens += n_tokens
             self._queues[priority].append(work)
             self._wake.notify()
         try:
@@ -273,7 +274,7 @@ class Engine:
                     self._resolve(
                         work,
                         DeadlineError(
-                            f"deadline: passed with {work.n_left} of {len(work.token_ids)} "
+                            f"deadline: passed with {work.n_left} of {work.source.n_tokens} "
                             "tokens not scored"
                         ),
                     )
@@ -286,13 +287,10 @@ class Engine:
         return batch
 
     def _step(self, batch: list[tuple[_Work, int]]) -> None:
-        segments = [
-            Segment(stream=w.stream, token_ids=list(w.token_ids[w.n_done : w.n_done + n]))
-            for w, n in batch
-        ]
+        parts = [work.source.part(work.n_done, work.n_done + n) for work, n in batch]
         started = time.monotonic()
         try:
-            scores = self.scorer.step(segments)
+            scores = self.scorer.step(parts)
         except Exception as error:
             if len(batch) > 1:
                 # One bad sequence must not take its neighbours along.

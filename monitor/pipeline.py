@@ -51,6 +51,7 @@ from monitor.records import (
 )
 from monitor.served import Served
 from monitor.stream_session import News, StreamScoring, TimingSums
+from sae_core.activation_source import OwnForward
 
 log = structlog.get_logger(__name__)
 
@@ -269,11 +270,10 @@ class Pipeline:
         deadline = min(own, callers)
         completion = Stage.COMPLETION in tokens.stages and Stage.PROMPT not in tokens.stages
         priority = Priority.COMPLETION if completion else Priority.PROMPT
-        kv = self.engine.open_stream()
+        source = OwnForward(self.engine.open_stream(), tokens.token_ids)
         try:
             result: EngineResult = await self.engine.score(
-                kv,
-                tokens.token_ids,
+                source,
                 priority=Priority.REPLAY if self.offline else priority,
                 deadline=None if math.isinf(deadline) else deadline,
             )

@@ -32,6 +32,7 @@ from monitor.evidence import Evidence
 from monitor.inputs import InputReader, TokenInput
 from monitor.policy import Crossing
 from monitor.records import Alert, Coverage, Gap, Stage, StreamOpen, Timings, UnscoredReason
+from sae_core.activation_source import OwnForward
 
 TEXT_HOLDBACK_TOKENS = 4
 """Tokens at the end of a text stream that wait for more text, a flush or the end."""
@@ -339,7 +340,8 @@ class StreamScoring:
             completion = Stage.COMPLETION in stages
             try:
                 result = await self._engine.score(
-                    self._kv, piece, priority=Priority.COMPLETION if completion else Priority.PROMPT
+                    OwnForward(self._kv, piece),
+                    priority=Priority.COMPLETION if completion else Priority.PROMPT,
                 )
             except QueueFullError as error:
                 if time.monotonic() - waited_since < self._gap_seconds:

@@ -1,20 +1,22 @@
 """Tokens in, token logits out: language model, SAEs and heads as one step.
 
 Knows no requests, thresholds or time limits: those are the service's. A step is a function of its
-segments alone; what a stream remembers is its `KVStream`.
+parts alone; what a stream remembers is its `KVStream`. Activations that are given are scored by the
+same code as those of our own forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
+from sae_core.activation_source import GivenRows, Part
 from sae_core.encoder import Encoder
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError
 from sae_core.heads import ClusterHeads
@@ -140,41 +142,47 @@ class Scorer:
         """A stream without tokens, for segments of this scorer."""
         return self.language_model.open_stream()
 
-    def step(self, segments: Sequence[Segment]) -> StepScores:
-        """Scores every segment's tokens, which become part of their streams.
+    def step(self, parts: Sequence[Part]) -> StepScores:
+        """Scores every part's tokens; those of segments become part of their streams.
 
         When anything is raised no stream has grown.
 
         Raises:
             TokenError: As `LanguageModel.step`.
-            ScorerError: A residual stream or a logit is not finite; names the segment's index,
-                the token's position in its stream, and the hook point or the cluster.
+            ScorerError: A residual stream or a logit is not finite; names the part's index (as a
+                segment), the token's position in its stream, and the hook point or the cluster.
         """
-        lengths = {id(s.stream): (s.stream, s.stream.length) for s in segments}
+        lengths = {id(p.stream): (p.stream, p.stream.length) for p in parts if _is_segment(p)}
+        pieces = _pieces(parts)
+        own = [
+            (piece, part) for piece, part in zip(pieces, parts, strict=True) if _is_segment(part)
+        ]
         began = perf_counter()
-        resid = self.language_model.step(segments)
+        batches: list[_Batch] = []
+        if own:
+            resid = self.language_model.step([segment for _, segment in own])
+            batches.append(_Batch(resid, [piece for piece, _ in own]))
         try:
-            self._check_finite(resid, segments, lengths)
+            for batch in batches:
+                batch.check_finite()  # waits for the device: the forward pass ends here
             forward_ended = perf_counter()
-            logits, latent_acts = self.score_resid(resid)
-            bad = np.argwhere(~np.isfinite(logits))
-            if len(bad):
-                cluster = self.heads.clusters[bad[0][1]].id
-                raise ScorerError(
-                    f"{_place(int(bad[0][0]), segments, lengths)}: logits of cluster {cluster!r} "
-                    f"are {logits[bad[0][0], bad[0][1]].tolist()}, expected finite"
-                )
+            for piece, part in zip(pieces, parts, strict=True):
+                if isinstance(part, GivenRows):
+                    given = _Batch(part.tensors(self.language_model.config.device), [piece])
+                    given.check_finite()
+                    batches.append(given)
+            scores: dict[int, SegmentScores] = {}
+            for batch in batches:
+                scores |= self._score(batch)
         except ScorerError:
             for stream, length in lengths.values():
                 stream.truncate(length)
             raise
-        scores: list[SegmentScores] = []
-        start = 0
-        for segment in segments:
-            rows = slice(start, start + len(segment.token_ids))
-            scores.append(SegmentScores(logits[rows].copy(), latent_acts[rows].copy()))
-            start = rows.stop
-        return StepScores(tuple(scores), forward_ended - began, perf_counter() - forward_ended)
+        return StepScores(
+            tuple(scores[index] for index in range(len(parts))),
+            forward_ended - began,
+            perf_counter() - forward_ended,
+        )
 
     def score_resid(
         self, resid: Mapping[HookPoint, Float[Tensor, "n _"]]
@@ -190,31 +198,73 @@ class Scorer:
             acts = torch.cat([*latent_acts.values(), stacked.new_empty(len(stacked), 0)], dim=-1)
         return stacked.cpu().numpy(), acts.cpu().numpy()
 
-    def _check_finite(
-        self,
-        resid: Mapping[HookPoint, Float[Tensor, "n _"]],
-        segments: Sequence[Segment],
-        lengths: Mapping[int, tuple[KVStream, int]],
-    ) -> None:
-        for hook_point, tensor in resid.items():
+    def _score(self, batch: _Batch) -> dict[int, SegmentScores]:
+        logits, latent_acts = self.score_resid(batch.resid)
+        bad = np.argwhere(~np.isfinite(logits))
+        if len(bad):
+            row, column = int(bad[0][0]), int(bad[0][1])
+            cluster = self.heads.clusters[column].id
+            raise ScorerError(
+                f"{batch.place(row)}: logits of cluster {cluster!r} are "
+                f"{logits[row, column].tolist()}, expected finite"
+            )
+        scores: dict[int, SegmentScores] = {}
+        start = 0
+        for piece in batch.pieces:
+            rows = slice(start, start + piece.n_tokens)
+            scores[piece.number] = SegmentScores(logits[rows].copy(), latent_acts[rows].copy())
+            start = rows.stop
+        return scores
+
+
+class _Piece(NamedTuple):
+    """One part of a step, as messages name it."""
+
+    number: int
+    """Index in the step."""
+    start: int
+    """Position of its first token in its stream or request."""
+    n_tokens: int
+
+
+class _Batch(NamedTuple):
+    """Activations that are scored together, and whose they are, in order."""
+
+    resid: Mapping[HookPoint, Float[Tensor, "n _"]]
+    pieces: Sequence[_Piece]
+
+    def check_finite(self) -> None:
+        """Raises ScorerError at the first row that holds NaN or infinity."""
+        for hook_point, tensor in self.resid.items():
             finite = torch.isfinite(tensor).all(dim=-1)
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])
                 raise ScorerError(
-                    f"{_place(row, segments, lengths)}: residual stream at {hook_point} is not "
-                    "finite, expected finite numbers"
+                    f"{self.place(row)}: residual stream at {hook_point} is not finite, "
+                    "expected finite numbers"
                 )
 
+    def place(self, row: int) -> str:
+        """Where a row comes from: its segment, and its position there."""
+        for piece in self.pieces:
+            if row < piece.n_tokens:
+                return f"segment {piece.number}, position {piece.start + row}"
+            row -= piece.n_tokens
+        raise AssertionError("the row lies beyond the segments")
 
-def _place(
-    row: int, segments: Sequence[Segment], lengths: Mapping[int, tuple[KVStream, int]]
-) -> str:
-    """Where a row of the batch comes from: its segment, and its position in the stream."""
-    positions = {key: length for key, (_, length) in lengths.items()}
-    for index, segment in enumerate(segments):
-        n = len(segment.token_ids)
-        if row < n:
-            return f"segment {index}, position {positions[id(segment.stream)] + row}"
-        row -= n
-        positions[id(segment.stream)] += n
-    raise AssertionError("the row lies beyond the segments")
+
+def _is_segment(part: Part) -> TypeGuard[Segment]:
+    return isinstance(part, Segment)
+
+
+def _pieces(parts: Sequence[Part]) -> list[_Piece]:
+    pieces: list[_Piece] = []
+    lengths: dict[int, int] = {}
+    for index, part in enumerate(parts):
+        if isinstance(part, GivenRows):
+            pieces.append(_Piece(index, part.start, part.n_tokens))
+            continue
+        start = lengths.get(id(part.stream), part.stream.length)
+        pieces.append(_Piece(index, start, len(part.token_ids)))
+        lengths[id(part.stream)] = start + len(part.token_ids)
+    return pieces

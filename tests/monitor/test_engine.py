@@ -11,6 +11,7 @@ import pytest
 
 from monitor.engine import Engine, Priority, StepRecord
 from monitor.errors import ActivationError, DeadlineError, NotReadyError, QueueFullError
+from sae_core.activation_source import OwnForward
 from sae_core.errors import ScorerError
 from sae_core.language_model.model import Segment
 from sae_core.language_model.packed import KVStream
@@ -70,7 +71,7 @@ async def engine(scorer: FakeScorer, steps: list[StepRecord]) -> AsyncIterator[E
 
 def score(engine: Engine, ids: Sequence[int], **changes: Any) -> asyncio.Task[Any]:
     options: dict[str, Any] = {"priority": Priority.PROMPT, **changes}
-    return asyncio.create_task(engine.score(engine.open_stream(), ids, **options))
+    return asyncio.create_task(engine.score(OwnForward(engine.open_stream(), ids), **options))
 
 
 async def hold(engine: Engine, scorer: FakeScorer) -> asyncio.Task[Any]:

@@ -6,7 +6,7 @@ whole SAE in NumPy, one latent after the other, and the heads' formulas as writt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sae_core.activation_source import GivenActivations
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError, TokenError
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import HookPoint, ModulePath
@@ -247,6 +248,58 @@ def test_known_resid_scores_like_the_step_that_made_it(one_folder: Path) -> None
     step = scorer.step([Segment(scorer.open_stream(), ids)]).segments[0]
     assert np.array_equal(logits, step.logits)
     assert np.array_equal(acts, step.latent_acts)
+
+
+def as_given(resid: Mapping[HookPoint, torch.Tensor]) -> dict[HookPoint, np.ndarray]:
+    """Tensors as a caller sends them: bfloat16 by its bits."""
+    return {
+        place: x.view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+        for place, x in resid.items()
+    }
+
+
+def test_given_activations_score_bit_for_bit_like_our_own_forward(folder: Path) -> None:
+    scorer, model = load(folder)
+    ids = texts(model)
+    own = scorer.step([Segment(scorer.open_stream(), ids[2])]).segments[0]
+    resid = model.step([Segment(model.open_stream(), ids[2])])
+    source = GivenActivations(len(ids[2]), as_given(resid))
+    whole, again = scorer.step([source.part(0, 33), source.part(0, 33)]).segments
+    parts = [scorer.step([source.part(i, min(i + 7, 33))]).segments[0] for i in range(0, 33, 7)]
+    mixed = scorer.step([source.part(0, 33), Segment(scorer.open_stream(), ids[2])])
+    for found in (whole, again, *mixed.segments):
+        assert np.array_equal(found.logits, own.logits)
+        assert np.array_equal(found.latent_acts, own.latent_acts)
+    in_parts = np.concatenate([part.logits for part in parts])
+    np.testing.assert_allclose(in_parts, own.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_given_activations_are_scored_in_their_own_type(
+    one_folder: Path, dtype: torch.dtype
+) -> None:
+    scorer, model = load(one_folder)
+    ids = texts(model)[2]
+    rounded = {
+        place: x.to(dtype) for place, x in model.step([Segment(model.open_stream(), ids)]).items()
+    }
+    logits, acts = scorer.score_resid(rounded)
+    given = GivenActivations(len(ids), as_given(rounded)).part(0, len(ids))
+    found = scorer.step([given]).segments[0]
+    assert np.array_equal(found.logits, logits)
+    assert np.array_equal(found.latent_acts, acts)
+
+
+def test_given_rows_that_are_not_finite_are_named_and_move_no_stream(one_folder: Path) -> None:
+    scorer, model = load(one_folder)
+    ids = texts(model)
+    acts = as_given(model.step([Segment(model.open_stream(), ids[3])]))
+    acts[LATE][17, 2] = np.inf
+    stream = scorer.open_stream()
+    parts = [Segment(stream, ids[1]), GivenActivations(20, acts).part(10, 20)]
+    with pytest.raises(ScorerError, match="segment 1, position 17: .*blocks.1.hook_resid_post"):
+        scorer.step(parts)
+    assert stream.length == 0
 
 
 def test_a_step_without_tokens_scores_nothing(one_folder: Path) -> None:
