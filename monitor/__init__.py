@@ -8,6 +8,7 @@ Rooms, from what a person starts down to what everybody speaks:
     rpc, ops                        the two wires: gRPC, and HTTP for operators
     pipeline, draft, stream_session   one request from start to finish
     inputs, served, evidence        tokens with stages; the loaded bundle; running scores
+    activations                     what a caller's own forward pass made, checked
     sae_pins, sae_store             what sealing writes of SAEs elsewhere; where they are here
     engine, policy, metrics, audit_log, model_store, coverage   parts ignorant of each other
     hub, hash_cache, sae_releases   the hub's files; their hashes; published SAEs by name

@@ -81,8 +81,10 @@ class DecisionDraft:
         """Per-token scores where they were asked for."""
         if not self._want_tokens:
             return ()
-        ids = self.evidence.token_ids()[start:stop]
-        return self.evidence.tokens(start, stop, self._served.tokenizer.token_texts(ids))
+        ids = [i for i in self.evidence.token_ids()[start:stop] if i is not None]
+        # One request knows all of its ids, or none.
+        texts = self._served.tokenizer.token_texts(ids) or [""] * (stop - start)
+        return self.evidence.tokens(start, stop, texts)
 
     async def decide(
         self,
@@ -90,12 +92,16 @@ class DecisionDraft:
         timings: TimingSums,
         started: float,
         coverage: Coverage,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int] | None,
         caller: str | None,
         failure: UnscoredReason | None = None,
         session_id: str = "",
     ) -> Decision:
-        """Judges, records, counts. Durable when it returns with an alert."""
+        """Judges, records, counts. Durable when it returns with an alert.
+
+        Args:
+            token_ids: None where they are not known; nothing then stands for the input.
+        """
         began = time.monotonic()
         judgement, crossings = self.evidence.judge()
         self.take(crossings)
@@ -135,7 +141,7 @@ class DecisionDraft:
         try:
             sequence = await self._audit_log.append_decision(
                 decision(action, 0.0, None),
-                input_digest=input_digest(token_ids),
+                input_digest=None if token_ids is None else input_digest(token_ids),
                 caller=caller,
             )
         except AuditError as error:

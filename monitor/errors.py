@@ -13,10 +13,11 @@
     │   ├── PayloadTooLargeError      more bytes or tokens than the stated limit
     │   ├── StreamPositionError       a gap or a rewind in a stream's start_index
     │   ├── NotFoundError             unknown policy, cluster or record
-    │   └── FingerprintError          token ids made by another tokenizer
+    │   ├── FingerprintError          token ids made by another tokenizer
+    │   └── ForeignActivationsError   activations of another model, or of a place that is not read
     ├── QueueFullError            admission refused; says when to try again
     ├── NotReadyError             starting, draining, or the engine is dead
-    ├── ActivationError           the model produced NaN or infinity; names layer and position
+    ├── ActivationError           NaN or infinity where scores are made; names layer and position
     └── DeadlineError             the caller's deadline passed before the work was done
 
 `monitor.rpc.status` gives each one its gRPC code; a test keeps the two complete.
@@ -100,6 +101,10 @@ class FingerprintError(RequestError):
     """Token ids come from a tokenizer that is not the model's."""
 
 
+class ForeignActivationsError(RequestError):
+    """Given activations are of another model, or of a hook point that the bundle does not read."""
+
+
 class QueueFullError(MonitorError):
     """The engine's queue holds as many tokens as it may; try again after `retry_seconds`."""
 
@@ -113,7 +118,7 @@ class NotReadyError(MonitorError):
 
 
 class ActivationError(MonitorError):
-    """The residual stream holds NaN or infinity; nothing can be said of these tokens."""
+    """The residual stream or a logit is NaN or infinite; nothing can be said of these tokens."""
 
 
 class DeadlineError(MonitorError):

@@ -68,7 +68,7 @@ class _Block:
     """Consecutive tokens as the engine returned them."""
 
     start: int
-    token_ids: list[int]
+    token_ids: list[int | None]
     stages: list[Stage | None]
     logits: NDArray[np.float32]
     act_rows: NDArray[np.int64]
@@ -135,7 +135,7 @@ class Evidence:
 
     def add(
         self,
-        token_ids: Sequence[int],
+        token_ids: Sequence[int | None],
         stages: Sequence[Stage | None],
         logits: NDArray[np.float32],
         latent_acts: NDArray[np.float32],
@@ -143,6 +143,7 @@ class Evidence:
         """Takes the next tokens; returns the alerts that they opened.
 
         Args:
+            token_ids: None for tokens whose ids are not known.
             stages: None for tokens that are read but not scored.
             logits: [n, n_clusters, 3].
             latent_acts: [n, n_registered].
@@ -161,7 +162,10 @@ class Evidence:
         return self._fold(block)
 
     def skip(
-        self, token_ids: Sequence[int], stages: Sequence[Stage | None], reason: UnscoredReason
+        self,
+        token_ids: Sequence[int | None],
+        stages: Sequence[Stage | None],
+        reason: UnscoredReason,
     ) -> None:
         """Takes tokens that were never scored, so that later positions stay right."""
         n = len(token_ids)
@@ -209,8 +213,8 @@ class Evidence:
             if block.unscored is None:
                 self._fold(block)
 
-    def token_ids(self) -> list[int]:
-        """Every position's id, in order."""
+    def token_ids(self) -> list[int | None]:
+        """Every position's id, in order; None where it is not known."""
         return [token_id for block in self._blocks for token_id in block.token_ids]
 
     def judge(self) -> tuple[Judgement, list[Crossing]]:

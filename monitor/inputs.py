@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from monitor.errors import FingerprintError, InvalidRequestError, PayloadTooLargeError
-from monitor.records import Message, ScoreRequest, Stage
+from monitor.records import ActivationsOpen, Message, ScoreRequest, Stage
 from sae_core.errors import TokenizerError
 from sae_core.language_model.tokenizer import Tokenizer
 
@@ -29,6 +29,7 @@ class TokenInput:
     """Tokens ready for the engine."""
 
     token_ids: list[int]
+    """Empty where activations were given without ids."""
     stages: list[Stage | None]
     """One per token; None is read and not scored."""
 
@@ -137,6 +138,27 @@ class InputReader:
             token_ids=array.tolist(),
             stages=[None if i in control else stage for i in array.tolist()],
         )
+
+    def activations(self, opened: ActivationsOpen) -> TokenInput:
+        """The tokens of given activations; without ids, their stages alone.
+
+        Raises:
+            InvalidRequestError: no rows, or ids or stages that are not one a row.
+            FingerprintError, PayloadTooLargeError: as `read`.
+        """
+        if opened.n_tokens < 1:
+            raise InvalidRequestError("n_tokens", str(opened.n_tokens), "at least 1")
+        self.check_length(opened.n_tokens)
+        for name, rows in (("token_ids", opened.token_ids), ("stages", opened.stages or None)):
+            if rows is not None and len(rows) != opened.n_tokens:
+                raise InvalidRequestError(
+                    name, f"{len(rows)} entries", f"{opened.n_tokens} (n_tokens), or none"
+                )
+        tokens = TokenInput(token_ids=[], stages=[opened.stage] * opened.n_tokens)
+        if opened.token_ids is not None:
+            self.check_fingerprint(opened.tokenizer_fingerprint)
+            tokens = self.ids(opened.token_ids, opened.stage)
+        return replace(tokens, stages=list(opened.stages)) if opened.stages else tokens
 
     def check_fingerprint(self, fingerprint: str | None) -> None:
         """Raises FingerprintError where ids come from another tokenizer, or nobody says which."""

@@ -2,7 +2,8 @@
 
     request -> InputReader -> engine -> Evidence -> policy -> Decision -> audit log, metrics, reply
 
-Both a whole request and a stream end in one `Decision` and one audit record. A decision that
+The engine runs our own forward pass, or takes activations that the caller gives. A whole request of
+either kind and a stream all end in one `Decision` and one audit record. A decision that
 alerts is on disk before anybody sees it. Knows no protobuf and no sockets.
 """
 
@@ -11,11 +12,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 
 import structlog
 
+from monitor.activations import ActivationsBuffer
 from monitor.audit_log.writer import AuditLog
 from monitor.coverage import CoverageMeter
 from monitor.draft import DecisionDraft
@@ -23,6 +27,7 @@ from monitor.engine import Engine, EngineResult, Priority
 from monitor.errors import (
     AuditError,
     DeadlineError,
+    ForeignActivationsError,
     MonitorError,
     NotFoundError,
     NotReadyError,
@@ -36,6 +41,8 @@ from monitor.metrics.labels import FailOpen, Outcome, Rejection, RequestKind
 from monitor.policy import Crossing, Policy
 from monitor.records import (
     Action,
+    ActivationsChunk,
+    ActivationsOpen,
     Alert,
     ClusterInfo,
     Decision,
@@ -51,9 +58,16 @@ from monitor.records import (
 )
 from monitor.served import Served
 from monitor.stream_session import News, StreamScoring, TimingSums
-from sae_core.activation_source import OwnForward
+from sae_core.activation_source import ActivationSource, OwnForward
 
 log = structlog.get_logger(__name__)
+
+
+MAX_CHUNK_WAIT_SECONDS = 30.0
+"""How long given activations keep their place of the queue while nothing of them arrives."""
+
+CANCELLATION_SECONDS = 0.05
+"""How long a cancellation may take to follow the end of what was sent."""
 
 
 class Pipeline:
@@ -84,6 +98,8 @@ class Pipeline:
         self.n_streams = 0
         self.n_requests = 0
         self.draining = False
+        self._arriving_tokens = 0
+        self._given: dict[str, Served] = {}
         self._reader = InputReader(
             served.tokenizer,
             vocab_size=served.vocab_size,
@@ -136,9 +152,7 @@ class Pipeline:
         """
         started = time.monotonic()
         meter = CoverageMeter(self.metrics)
-        self.n_requests += 1
-        outcome = Outcome.ERROR
-        try:
+        with self._counted(_kind(request), meter) as end:
             self._admit(request.model)
             policy = self._policy(request.policy)
             timings = TimingSums()
@@ -149,44 +163,61 @@ class Pipeline:
                 want_attribution=request.want_attribution,
                 want_tokens=request.want_tokens,
             )
-            failure = await self._run(run, tokens, timings, policy, started, deadline_seconds)
-            meter.report(run.evidence.stage_coverage())
-            decision = await run.decide(
-                timings=timings,
-                started=started,
-                coverage=run.evidence.coverage(),
-                token_ids=tokens.token_ids,
-                caller=request.caller,
-                failure=failure,
+            source = OwnForward(self.engine.open_stream(), tokens.token_ids)
+            callers = math.inf if deadline_seconds is None else started + deadline_seconds
+            failure = await self._run(run, tokens, source, timings, started, callers)
+            decision = await self._concluded(
+                run, tokens, timings, started, request.caller, meter, failure
             )
-            outcome = _outcome(decision)
+            end.outcome = _outcome(decision)
             return decision
-        except asyncio.CancelledError:
-            outcome = Outcome.CANCELLED
-            meter.lose(UnscoredReason.CANCELLED)
-            raise
-        except DeadlineError:
-            outcome = Outcome.DEADLINE
-            meter.lose(UnscoredReason.DEADLINE)
-            raise
-        except (QueueFullError, NotReadyError) as error:
-            outcome = Outcome.REJECTED
-            full = isinstance(error, QueueFullError)
-            meter.lose(UnscoredReason.OVERLOAD if full else UnscoredReason.NOT_READY)
-            self.metrics.rejected(Rejection.QUEUE_FULL if full else self._why_not_ready())
-            raise
-        except RequestError as error:
-            outcome = Outcome.REJECTED
-            meter.lose(UnscoredReason.INVALID)
-            too_large = isinstance(error, PayloadTooLargeError)
-            self.metrics.rejected(Rejection.PAYLOAD if too_large else Rejection.INVALID)
-            raise
-        except BaseException:
-            meter.lose(UnscoredReason.ERROR)
-            raise
-        finally:
-            self.n_requests -= 1
-            self.metrics.request_finished(_kind(request), outcome)
+
+    async def score_activations(
+        self,
+        opened: ActivationsOpen,
+        chunks: AsyncIterator[ActivationsChunk],
+        *,
+        deadline_seconds: float | None = None,
+    ) -> Decision:
+        """Scores one request whole, from activations that the caller gives; as `score`.
+
+        The caller's deadline counts from now, the policy's own from the last chunk. Rows that are
+        on their way count against the queue's limit.
+
+        Raises:
+            MonitorError: as `score`, and as `ActivationsBuffer`.
+        """
+        callers = math.inf if deadline_seconds is None else time.monotonic() + deadline_seconds
+        meter = CoverageMeter(self.metrics)
+        with self._counted(_kind(opened), meter) as end:
+            self._admit(None)
+            policy = self._policy(opened.policy)
+            digest = self.served.provenance.model_digest
+            if opened.model_digest != digest:
+                raise ForeignActivationsError(
+                    f"model_digest: found {opened.model_digest or 'none':.80}, expected {digest} "
+                    "(GetServerInfo tells it)"
+                )
+            tokens = self._reader.activations(opened)
+            meter.expect(tokens.stages)
+            buffer = ActivationsBuffer(opened, self.served.scorer.language_model.widths)
+            with self._room_for(opened.n_tokens):
+                await _fill(buffer, chunks)
+                source = buffer.finish()
+            started = time.monotonic()
+            run = self.draft(
+                policy,
+                want_attribution=opened.want_attribution,
+                want_tokens=opened.want_tokens,
+                served=self._as_given(buffer.dtype),
+            )
+            timings = TimingSums()
+            failure = await self._run(run, tokens, source, timings, started, callers)
+            decision = await self._concluded(
+                run, tokens, timings, started, opened.caller, meter, failure
+            )
+            end.outcome = _outcome(decision)
+            return decision
 
     def open_stream(self, opened: StreamOpen) -> StreamSession:
         """A session for one stream; use it as an async context manager.
@@ -211,10 +242,17 @@ class Pipeline:
             )
         return StreamSession(self, opened, policy)
 
-    def draft(self, policy: Policy, *, want_attribution: bool, want_tokens: bool) -> DecisionDraft:
+    def draft(
+        self,
+        policy: Policy,
+        *,
+        want_attribution: bool,
+        want_tokens: bool,
+        served: Served | None = None,
+    ) -> DecisionDraft:
         """A decision to be made under the served bundle."""
         return DecisionDraft(
-            served=self.served,
+            served=served or self.served,
             metrics=self.metrics,
             audit_log=self.audit_log,
             policy=policy,
@@ -255,22 +293,84 @@ class Pipeline:
         meter.expect(tokens.stages)
         return tokens
 
+    def _as_given(self, dtype: str) -> Served:
+        if dtype not in self._given:
+            self._given[dtype] = self.served.as_given(dtype)
+        return self._given[dtype]
+
+    @contextmanager
+    def _room_for(self, n_tokens: int) -> Iterator[None]:
+        """While open, rows that are on their way take their place of the queue's limit."""
+        waiting, limit = (
+            self.engine.queue_tokens + self._arriving_tokens,
+            self.limits.max_queue_tokens,
+        )
+        if waiting and waiting + n_tokens > limit:
+            raise QueueFullError(
+                f"queue: {waiting} tokens wait or arrive and {n_tokens} more were announced, "
+                f"expected at most {limit}",
+                retry_seconds=1.0,
+            )
+        self._arriving_tokens += n_tokens
+        try:
+            yield
+        finally:
+            self._arriving_tokens -= n_tokens
+
+    @contextmanager
+    def _counted(self, kind: RequestKind, meter: CoverageMeter) -> Iterator[_End]:
+        """Counts one request at its end: how it ended, and what it left unscored."""
+        self.n_requests += 1
+        end = _End()
+        try:
+            yield end
+        except asyncio.CancelledError:
+            end.outcome = Outcome.CANCELLED
+            meter.lose(UnscoredReason.CANCELLED)
+            raise
+        except DeadlineError:
+            end.outcome = Outcome.DEADLINE
+            meter.lose(UnscoredReason.DEADLINE)
+            raise
+        except (QueueFullError, NotReadyError) as error:
+            end.outcome = Outcome.REJECTED
+            full = isinstance(error, QueueFullError)
+            meter.lose(UnscoredReason.OVERLOAD if full else UnscoredReason.NOT_READY)
+            self.metrics.rejected(Rejection.QUEUE_FULL if full else self._why_not_ready())
+            raise
+        except RequestError as error:
+            end.outcome = Outcome.REJECTED
+            meter.lose(UnscoredReason.INVALID)
+            too_large = isinstance(error, PayloadTooLargeError)
+            self.metrics.rejected(Rejection.PAYLOAD if too_large else Rejection.INVALID)
+            raise
+        except BaseException:
+            meter.lose(UnscoredReason.ERROR)
+            raise
+        finally:
+            self.n_requests -= 1
+            self.metrics.request_finished(kind, end.outcome)
+
     async def _run(
         self,
         run: DecisionDraft,
         tokens: TokenInput,
+        source: ActivationSource,
         timings: TimingSums,
-        policy: Policy,
         started: float,
-        deadline_seconds: float | None,
+        callers: float,
     ) -> UnscoredReason | None:
-        """Scores the tokens into `run`; the reason where the policy's deadline came first."""
-        own = math.inf if self.offline else started + policy.model.deadline_ms / 1000
-        callers = math.inf if deadline_seconds is None else started + deadline_seconds
+        """Scores the source into `run`; the reason where the policy's deadline came first.
+
+        Args:
+            started: from when the policy's own deadline counts, on the clock of time.monotonic.
+            callers: the caller's deadline, on the same clock.
+        """
+        own = math.inf if self.offline else started + run.policy.model.deadline_ms / 1000
         deadline = min(own, callers)
         completion = Stage.COMPLETION in tokens.stages and Stage.PROMPT not in tokens.stages
         priority = Priority.COMPLETION if completion else Priority.PROMPT
-        source = OwnForward(self.engine.open_stream(), tokens.token_ids)
+        ids: Sequence[int | None] = tokens.token_ids or [None] * len(tokens.stages)
         try:
             result: EngineResult = await self.engine.score(
                 source,
@@ -280,15 +380,33 @@ class Pipeline:
         except DeadlineError:
             if callers <= own:
                 raise
-            run.evidence.skip(tokens.token_ids, tokens.stages, UnscoredReason.DEADLINE)
+            run.evidence.skip(ids, tokens.stages, UnscoredReason.DEADLINE)
             return UnscoredReason.DEADLINE
         timings.add(result)
         began = time.monotonic()
-        run.take(
-            run.evidence.add(tokens.token_ids, tokens.stages, result.logits, result.latent_acts)
-        )
+        run.take(run.evidence.add(ids, tokens.stages, result.logits, result.latent_acts))
         timings.score_seconds = time.monotonic() - began
         return None
+
+    async def _concluded(
+        self,
+        run: DecisionDraft,
+        tokens: TokenInput,
+        timings: TimingSums,
+        started: float,
+        caller: str | None,
+        meter: CoverageMeter,
+        failure: UnscoredReason | None,
+    ) -> Decision:
+        meter.report(run.evidence.stage_coverage())
+        return await run.decide(
+            timings=timings,
+            started=started,
+            coverage=run.evidence.coverage(),
+            token_ids=tokens.token_ids or None,
+            caller=caller,
+            failure=failure,
+        )
 
 
 class StreamSession:
@@ -437,8 +555,34 @@ class StreamSession:
         self._meter.report(scoring.stage_coverage())
 
 
-def _kind(request: ScoreRequest) -> RequestKind:
-    return RequestKind.CHAT if request.messages is not None else RequestKind(request.stage.value)
+@dataclass(slots=True)
+class _End:
+    """How a request ended; an error until something else is known."""
+
+    outcome: Outcome = Outcome.ERROR
+
+
+async def _fill(buffer: ActivationsBuffer, chunks: AsyncIterator[ActivationsChunk]) -> None:
+    """Takes every chunk; DeadlineError where the next one does not come."""
+    try:
+        while True:
+            async with asyncio.timeout(MAX_CHUNK_WAIT_SECONDS):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                break
+            buffer.take(chunk)
+    except TimeoutError:
+        raise DeadlineError(
+            f"chunk: none came for {MAX_CHUNK_WAIT_SECONDS:g} seconds, expected the next one"
+        ) from None
+    if not buffer.is_full:
+        # A caller that went away looks like one that stopped early, until its cancellation comes.
+        await asyncio.sleep(CANCELLATION_SECONDS)
+
+
+def _kind(request: ScoreRequest | ActivationsOpen) -> RequestKind:
+    spans = request.messages is not None if isinstance(request, ScoreRequest) else request.stages
+    return RequestKind.CHAT if spans else RequestKind(request.stage.value)
 
 
 def _outcome(decision: Decision) -> Outcome:

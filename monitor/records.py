@@ -113,13 +113,72 @@ class StreamOpen:
     model: str | None = None
 
 
+class ActivationDtype(StrEnum):
+    """Floating-point type of given activations."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of one number."""
+        return 4 if self is ActivationDtype.FLOAT32 else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationTensor:
+    """The raw activations of one hook point, as Hugging Face's model has them."""
+
+    hook_point: str
+    dtype: ActivationDtype
+    width: int
+    """Numbers in a row; a row is a token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationsOpen:
+    """One thing to score whole, from activations that the caller's own forward pass made."""
+
+    model_digest: str
+    """Of the model that made them; must be the served one's."""
+    n_tokens: int
+    """Rows of every tensor."""
+    tensors: tuple[ActivationTensor, ...]
+    """One for each hook point that the bundle reads."""
+    token_ids: tuple[int, ...] | None = None
+    """None where they are not known; every row is then scored unless `stages` says otherwise."""
+    tokenizer_fingerprint: str | None = None
+    """Must equal the server's when `token_ids` is set."""
+    stage: Stage = Stage.PROMPT
+    stages: tuple[Stage | None, ...] = ()
+    """In place of `stage`, one a row; None is left out of scores."""
+    policy: str = "default"
+    want_tokens: bool = False
+    want_attribution: bool = False
+    caller: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationsChunk:
+    """Consecutive rows of one tensor."""
+
+    tensor: int
+    """Index in the tensors of the opening."""
+    start_row: int
+    n_rows: int
+    data: bytes
+    """Little-endian, row after row."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenScores:
     """The scores of one token, emitted in order of position; logits, one per cluster."""
 
     position: int
     """Index in the request, from 0, BOS and template tokens included."""
-    token_id: int
+    token_id: int | None
+    """None where activations were given without ids."""
     text: str
     """The token's own text; empty where the tokenizer gives none."""
     stage: Stage | None
@@ -226,7 +285,9 @@ class Provenance:
     """name@version."""
     bundle_digest: str
     dtype: str
+    """Of the forward pass, or of given activations."""
     backend: str
+    """What ran the forward pass; `caller` where activations were given."""
     server_version: str
 
 

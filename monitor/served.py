@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monitor import __version__
@@ -30,6 +30,9 @@ from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
 from sae_core.sae import SAE
 from sae_core.scorer import Scorer
 
+CALLER = "caller"
+"""Backend of activations that a caller gave."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
@@ -47,6 +50,20 @@ class Served:
     vocab_size: int
     uncalibrated_reasons: Mapping[str, str]
     """Why a cluster's thresholds are no calibrated claim here; calibrated ones are absent."""
+
+    def as_given(self, dtype: str) -> Served:
+        """The same, as it scores activations of this dtype that a caller gave.
+
+        A calibration covers them where it was made with the backend "caller" and this dtype.
+        """
+        provenance = replace(self.provenance, dtype=dtype, backend=CALLER)
+        reasons = _uncalibrated(self.bundle, provenance)
+        plan = replace(
+            self.plan,
+            calibrated=tuple(c.id not in reasons for c in self.bundle.spec.clusters),
+            benign_p=_benign_p(self.bundle, reasons),
+        )
+        return replace(self, provenance=provenance, plan=plan, uncalibrated_reasons=reasons)
 
     def cluster_infos(self) -> tuple[ClusterInfo, ...]:
         """The registry's view of the clusters."""

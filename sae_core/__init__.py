@@ -14,6 +14,7 @@
     language_model/       loads the LLM up to the layer needed, packed forward, tokenizer, GGUF
     heads                 clusters of latents and dense heads: resid, latent_acts -> token logits
     aggregation           token logits -> running evidence per stream
+    activation_source     our own forward pass, or activations that somebody gives
     scorer                LM + SAEs + heads as one step
     training/             activations -> SAE; labelled text -> heads, clusters, thresholds
     testing/              tiny language models, SAEs and bundles built in code

@@ -133,7 +133,8 @@ def decision_record(
 ) -> AuditRecord:
     """A decision as it is stored at METADATA or SCORES.
 
-    `input_digest` is the SHA-256 of the token ids that were scored, in hexadecimal.
+    `input_digest` is the SHA-256 of the token ids that were scored, in hexadecimal; None where
+    activations were given without ids. That they were given is in the provenance's backend.
     """
     content = _outcome_body(decision, decision.alerts, level)
     content |= {

@@ -11,7 +11,8 @@ import grpc
 from monitor.errors import InvalidRequestError, NotReadyError
 from monitor.metrics import Metrics, Rejection, RequestKind
 from monitor.metrics.labels import RpcMethod
-from monitor.rpc.convert import decisions, registry, requests
+from monitor.records import ActivationsChunk
+from monitor.rpc.convert import activations, decisions, registry, requests
 from monitor.rpc.serving import Serving
 from monitor.rpc.stream import Exchange
 from protos.saemonitor.v1 import monitor_pb2 as pb
@@ -23,6 +24,14 @@ Record = TypeVar("Record")
 SERVICES = tuple(service.full_name for service in pb.DESCRIPTOR.services_by_name.values())
 """Full names, for health and reflection."""
 
+_KINDS = {
+    (False, False): "unary",
+    (True, False): "client_stream",
+    (False, True): "server_stream",
+    (True, True): "bidi_stream",
+}
+"""Whether the caller and the server stream, as the metrics name it."""
+
 
 def register(server: grpc.aio.Server, serving: Serving, metrics: Metrics) -> None:
     """Adds the services to a server and makes the series of their methods."""
@@ -31,7 +40,7 @@ def register(server: grpc.aio.Server, serving: Serving, metrics: Metrics) -> Non
     pb_grpc.add_RegistryServiceServicer_to_server(RegistryService(serving), server)
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            kind = "bidi_stream" if method.client_streaming else "unary"
+            kind = _KINDS[method.client_streaming, method.server_streaming]
             metrics.rpc_prepare(RpcMethod(kind=kind, service=service.full_name, method=method.name))
 
 
@@ -73,6 +82,30 @@ class MonitorService(pb_grpc.MonitorServiceServicer):
                 "stream: ended after its summary, because the server is draining;"
                 " open another on a server that takes new work"
             )
+
+    async def ScoreActivations(
+        self,
+        request_iterator: AsyncIterator[pb.ScoreActivationsRequest],
+        context: grpc.aio.ServicerContext[pb.ScoreActivationsRequest, pb.ScoreActivationsResponse],
+    ) -> pb.ScoreActivationsResponse:
+        """One request whole, from the caller's activations, within the caller's deadline."""
+        pipeline = self._serving.pipeline
+        first = await anext(request_iterator, pb.ScoreActivationsRequest())
+        opened = self._read(activations.activations_open_from_wire, first)
+        arrived = time.monotonic()
+
+        async def chunks() -> AsyncIterator[ActivationsChunk]:
+            nonlocal arrived
+            async for message in request_iterator:
+                yield activations.activations_chunk_from_wire(message)
+                arrived = time.monotonic()
+
+        decision = await pipeline.score_activations(
+            opened, chunks(), deadline_seconds=context.time_remaining()
+        )
+        kind = RequestKind.CHAT if opened.stages else RequestKind(opened.stage)
+        self._metrics.score_lag(kind, time.monotonic() - arrived)
+        return pb.ScoreActivationsResponse(decision=decisions.decision_to_wire(decision))
 
     def _read(self, convert: Callable[[Message], Record], message: Message) -> Record:
         try:

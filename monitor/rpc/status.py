@@ -46,6 +46,7 @@ CODES: Mapping[type[errors.MonitorError], grpc.StatusCode] = {
     errors.StreamPositionError: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ForeignActivationsError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
     errors.UnfitError: grpc.StatusCode.UNAVAILABLE,

@@ -25,6 +25,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from monitor.errors import NotFoundError, StreamPositionError
 from monitor.metrics import Metrics
 from monitor.records import (
+    ActivationsChunk,
+    ActivationsOpen,
     ClusterInfo,
     Decision,
     ScoreRequest,
@@ -69,9 +71,11 @@ def _record(cls: type[Record], rng: random.Random) -> Record:
     made = cls(**{name: _value(hint, rng) for name, hint in hints.items()})
     if isinstance(made, Decision | StreamUpdate):
         width = len(made.clusters)
+        knows_ids = rng.random() < 0.7
         rows = tuple(
             dataclasses.replace(
                 token,
+                token_id=rng.randrange(2**31) if knows_ids else None,
                 fused=_row(width, rng),
                 dense=_row(width, rng),
                 sae=_row(width, rng),
@@ -151,6 +155,7 @@ class FakePipeline:
         self.decision = decision
         self.update = update
         self.requests: list[tuple[ScoreRequest, float | None]] = []
+        self.activations: list[tuple[ActivationsOpen, list[ActivationsChunk], float | None]] = []
         self.sessions: list[FakeSession] = []
         self.errors: list[Exception] = []
         """Raised one by one by what is called next; then all goes well."""
@@ -168,6 +173,19 @@ class FakePipeline:
         self._raise_next()
         if self.hang:
             await asyncio.Event().wait()
+        return self.decision
+
+    async def score_activations(
+        self,
+        opened: ActivationsOpen,
+        chunks: AsyncIterator[ActivationsChunk],
+        *,
+        deadline_seconds: float | None = None,
+    ) -> Decision:
+        self.activations.append((opened, [], deadline_seconds))
+        self._raise_next()
+        async for chunk in chunks:
+            self.activations[-1][1].append(chunk)
         return self.decision
 
     def open_stream(self, opened: StreamOpen) -> FakeSession:

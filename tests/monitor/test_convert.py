@@ -9,6 +9,8 @@ import pytest
 
 from monitor.errors import InvalidRequestError, MonitorError
 from monitor.records import (
+    ActivationsChunk,
+    ActivationsOpen,
     ClusterInfo,
     Decision,
     Message,
@@ -19,7 +21,7 @@ from monitor.records import (
     StreamOpen,
     StreamUpdate,
 )
-from monitor.rpc.convert import decisions, enums, registry, requests
+from monitor.rpc.convert import activations, decisions, enums, registry, requests
 from protos.saemonitor.v1 import monitor_pb2 as pb
 
 SEEDS = range(30)
@@ -35,6 +37,11 @@ MakeRecord = Callable[[type[Any], int], Any]
         (ClusterInfo, registry.cluster_info_to_wire, registry.cluster_info_from_wire),
         (Provenance, registry.provenance_to_wire, registry.provenance_from_wire),
         (StreamOpen, requests.stream_open_to_wire, requests.stream_open_from_wire),
+        (
+            ActivationsOpen,
+            activations.activations_open_to_wire,
+            activations.activations_open_from_wire,
+        ),
     ],
 )
 def test_every_field_survives_the_wire(
@@ -94,6 +101,37 @@ def test_a_chunk_survives_the_wire(chunk: requests.StreamChunk) -> None:
     wire = requests.stream_chunk_to_wire(chunk)
     parsed = pb.ScoreStreamRequest.FromString(wire.SerializeToString())
     assert requests.stream_chunk_from_wire(parsed) == chunk
+
+
+def test_a_chunk_of_activations_survives_the_wire() -> None:
+    chunk = ActivationsChunk(tensor=3, start_row=2**40, n_rows=2, data=bytes(range(256)))
+    wire = activations.activations_chunk_to_wire(chunk)
+    parsed = pb.ScoreActivationsRequest.FromString(wire.SerializeToString())
+    assert activations.activations_chunk_from_wire(parsed) == chunk
+
+
+def test_bad_activations_are_refused_by_field_found_expected() -> None:
+    nothing, chunk = pb.ScoreActivationsRequest(), pb.ScoreActivationsRequest()
+    chunk.chunk.SetInParent()
+    unset, unknown = pb.ScoreActivationsRequest(), pb.ScoreActivationsRequest()
+    unset.open.tensors.add(hook_point="blocks.0.hook_resid_post")
+    unknown.open.stages.append(pb.STAGE_PROMPT)
+    unknown.open.MergeFromString(b"\x3a\x01\x09")  # field 7, packed, varint 9
+    opening = activations.activations_open_from_wire
+    expected = {
+        "first activations message: found none, expected open": lambda: opening(nothing),
+        "first activations message: found chunk, expected open": lambda: opening(chunk),
+        "tensors[0].dtype: found 0, expected one of ACTIVATION_DTYPE_FLOAT32 (1), "
+        "ACTIVATION_DTYPE_BFLOAT16 (2), ACTIVATION_DTYPE_FLOAT16 (3)": lambda: opening(unset),
+        "stages[1]: found 9, expected STAGE_UNSPECIFIED (0), _PROMPT (1), _COMPLETION (2)": (
+            lambda: opening(unknown)
+        ),
+        "activations message after the first: found open, expected chunk": (
+            lambda: activations.activations_chunk_from_wire(unset)
+        ),
+    }
+    for message, action in expected.items():
+        assert _refusal(action) == message
 
 
 def test_flush_is_no_chunk() -> None:
@@ -160,6 +198,7 @@ def test_bad_requests_are_refused_by_field_found_expected() -> None:
         (enums.ACTIONS, pb.Action),
         (enums.MODES, pb.Mode),
         (enums.UNSCORED_REASONS, pb.UnscoredReason),
+        (activations.DTYPES, pb.ActivationDtype),
     ],
 )
 def test_every_enum_member_has_its_own_number(table: dict[Any, int], wire_enum: Any) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,10 @@ from monitor.metrics import Metrics
 from monitor.pipeline import Pipeline
 from monitor.records import (
     Action,
+    ActivationDtype,
+    ActivationsChunk,
+    ActivationsOpen,
+    ActivationTensor,
     Decision,
     Message,
     ScoreRequest,
@@ -41,6 +46,8 @@ from monitor.records import (
     Verdict,
 )
 from monitor.served import Served
+from monitor.testing import HOOK_POINT
+from sae_core.language_model.model import Segment
 
 CALM = "please tell me how to bake bread"
 RISKY = "what is the danger of the attack in the north"
@@ -214,6 +221,114 @@ async def test_callers_deadline_is_an_error_the_policys_an_answer(
     assert decision.coverage.scored == 0
     assert decision.coverage.unscored[UnscoredReason.DEADLINE] == decision.coverage.received - 1
     assert metric(pipeline, "fail_open_total", reason="deadline") == 1
+
+
+def given(pipeline: Pipeline, ids: tuple[int, ...], **changes: Any) -> ActivationsOpen:
+    (width,) = pipeline.served.scorer.language_model.widths.values()
+    tensor = ActivationTensor(hook_point=HOOK_POINT, dtype=ActivationDtype.FLOAT32, width=width)
+    opened = ActivationsOpen(
+        model_digest=pipeline.served.provenance.model_digest,
+        n_tokens=len(ids),
+        tensors=(tensor,),
+        token_ids=ids,
+        tokenizer_fingerprint=pipeline.served.tokenizer.fingerprint,
+    )
+    return replace(opened, **changes)
+
+
+async def chunks(
+    pipeline: Pipeline, ids: tuple[int, ...], n_rows: int
+) -> AsyncIterator[ActivationsChunk]:
+    """What the served model's own forward pass makes of the ids."""
+    model = pipeline.served.scorer.language_model
+    (read,) = model.step([Segment(model.open_stream(), ids)]).values()
+    for start in range(0, len(ids), n_rows):
+        rows = read[start : start + n_rows].numpy()
+        yield ActivationsChunk(tensor=0, start_row=start, n_rows=len(rows), data=rows.tobytes())
+
+
+async def test_long_given_activations_end_as_the_same_ids(pipeline: Pipeline) -> None:
+    ids = ids_of(pipeline, f"{CALM} and {RISKY}, " * 6)
+    assert len(ids) > 2 * 32, "several steps of the engine"
+    own = await pipeline.score(ids_request(pipeline, ids, want_tokens=True))
+    opened = given(pipeline, ids, want_tokens=True)
+    found = await pipeline.score_activations(opened, chunks(pipeline, ids, 50))
+    close(own, found)
+    assert found.coverage == own.coverage
+    assert found.timings.forward_seconds < own.timings.forward_seconds
+    assert metric(pipeline, "tokens_scored_total", stage="prompt") == 2 * own.coverage.scored
+
+
+async def test_the_policys_deadline_counts_from_the_last_chunk(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, sent, deadlines = ids_of(pipeline, RISKY), [], []
+    real = pipeline.engine.score
+
+    async def score(*args: Any, **named: Any) -> Any:
+        deadlines.append(named["deadline"])
+        return await real(*args, **named)
+
+    async def slowly() -> AsyncIterator[ActivationsChunk]:
+        async for chunk in chunks(pipeline, ids, 4):
+            await asyncio.sleep(0.02)
+            sent.append(time.monotonic())
+            yield chunk
+
+    monkeypatch.setattr(pipeline.engine, "score", score)
+    found = await pipeline.score_activations(given(pipeline, ids), slowly())
+    assert found.verdict is Verdict.ALERT
+    assert len(sent) > 1
+    assert deadlines[0] >= sent[-1] + pipeline.served.policies["default"].model.deadline_ms / 1000
+
+
+async def test_deadlines_of_given_activations_are_those_of_score(
+    pipeline: Pipeline, served: Served
+) -> None:
+    ids = ids_of(pipeline, RISKY)
+    opened = given(pipeline, ids, token_ids=None, want_tokens=True)
+    with pytest.raises(DeadlineError):
+        await pipeline.score_activations(opened, chunks(pipeline, ids, 4), deadline_seconds=0.0)
+    policy = pipeline.served.policies["default"]
+    usual = served.bundle.spec.policies["default"]
+    policy.model = usual.model_copy(update={"deadline_ms": 0})
+    try:
+        late = await pipeline.score_activations(opened, chunks(pipeline, ids, 4))
+    finally:
+        policy.model = usual
+    assert late.coverage.unscored == {UnscoredReason.DEADLINE: len(ids)}
+    assert [token.token_id for token in late.tokens] == [None] * len(ids)
+    assert metric(pipeline, "fail_open_total", reason="deadline") == 1
+
+
+def test_a_calibration_covers_given_activations_where_it_was_made_with_them(
+    served: Served,
+) -> None:
+    spec = served.bundle.spec
+    danger = spec.clusters[0].model_copy(update={"calibration": "c.json"})
+    artefact = {
+        "model_digest": served.provenance.model_digest,
+        "tokenizer_digest": served.provenance.tokenizer_fingerprint,
+        "dtype": "bfloat16",
+        "backend": "caller",
+        "calibrated": True,
+        "clusters": {
+            "danger": {"thresholds": danger.thresholds.model_dump(), "benign_scores": [0.0, 1.0]}
+        },
+    }
+    clusters = (danger, *spec.clusters[1:])
+    bundle = replace(
+        served.bundle,
+        spec=spec.model_copy(update={"clusters": clusters}),
+        calibration={"c.json": artefact},
+    )
+    calibrated = replace(served, bundle=bundle)
+    covered, other = calibrated.as_given("bfloat16"), calibrated.as_given("float32")
+    assert covered.plan.calibrated == (True, False)
+    assert covered.plan.benign_p(0, 0.5) == pytest.approx(2 / 3)
+    assert other.plan.calibrated == (False, False)
+    assert other.uncalibrated_reasons["danger"] == "dtype: found float32, calibrated on bfloat16"
+    assert other.scorer is served.scorer
 
 
 async def test_draining_refuses_new_work(pipeline: Pipeline) -> None:

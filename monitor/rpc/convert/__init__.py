@@ -2,6 +2,7 @@
 
 enums.py        the closed sets, value by value
 requests.py     what callers send
+activations.py  the same for ScoreActivations
 decisions.py    what they get back
 registry.py     what the server says of itself
 

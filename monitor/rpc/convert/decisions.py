@@ -289,7 +289,7 @@ def _tokens_to_wire(tokens: Sequence[TokenScores]) -> pb.TokenScores | None:
         return None
     return pb.TokenScores(
         positions=[token.position for token in tokens],
-        token_ids=[token.token_id for token in tokens],
+        token_ids=[token.token_id for token in tokens if token.token_id is not None],
         texts=[token.text for token in tokens],
         stages=[enums.stage_to_wire(token.stage) for token in tokens],
         fused=[logit for token in tokens for logit in token.fused],
@@ -301,7 +301,7 @@ def _tokens_to_wire(tokens: Sequence[TokenScores]) -> pb.TokenScores | None:
 def _tokens_from_wire(wire: pb.TokenScores, n_clusters: int) -> tuple[TokenScores, ...]:
     n_tokens = len(wire.positions)
     columns = {
-        "token_ids": (len(wire.token_ids), n_tokens),
+        "token_ids": (len(wire.token_ids), n_tokens if wire.token_ids else 0),
         "texts": (len(wire.texts), n_tokens),
         "stages": (len(wire.stages), n_tokens),
         "fused": (len(wire.fused), n_tokens * n_clusters),
@@ -316,7 +316,7 @@ def _tokens_from_wire(wire: pb.TokenScores, n_clusters: int) -> tuple[TokenScore
     return tuple(
         TokenScores(
             position=wire.positions[i],
-            token_id=wire.token_ids[i],
+            token_id=wire.token_ids[i] if wire.token_ids else None,
             text=wire.texts[i],
             stage=enums.stage_from_wire(wire.stages[i]),
             fused=fused[row],

@@ -37,22 +37,24 @@ def score_request_to_wire(request: ScoreRequest) -> pb.ScoreRequest:
             "input", " and ".join(given) or "none", "exactly one of text, messages, token_ids"
         )
     wire = pb.ScoreRequest(
-        tokenizer_fingerprint=_text("tokenizer_fingerprint", request.tokenizer_fingerprint or ""),
+        tokenizer_fingerprint=text_to_wire(
+            "tokenizer_fingerprint", request.tokenizer_fingerprint or ""
+        ),
         stage=enums.STAGES[request.stage],
-        policy=_text("policy", request.policy),
+        policy=text_to_wire("policy", request.policy),
         want_tokens=request.want_tokens,
         want_attribution=request.want_attribution,
-        caller=_text("caller", request.caller or ""),
-        model=_text("model", request.model or ""),
+        caller=text_to_wire("caller", request.caller or ""),
+        model=text_to_wire("model", request.model or ""),
     )
     if request.text is not None:
-        wire.text = _text("text", request.text)
+        wire.text = text_to_wire("text", request.text)
     elif request.messages is not None:
         wire.messages.SetInParent()
         wire.messages.messages.extend(_messages_to_wire("messages", request.messages))
     elif request.token_ids is not None:
         wire.token_ids.SetInParent()
-        wire.token_ids.ids.extend(_token_ids("token_ids", request.token_ids))
+        wire.token_ids.ids.extend(token_ids_to_wire("token_ids", request.token_ids))
     return wire
 
 
@@ -79,17 +81,17 @@ def stream_open_to_wire(opening: StreamOpen) -> pb.ScoreStreamRequest:
     """The first message of a stream."""
     return pb.ScoreStreamRequest(
         open=pb.StreamOpen(
-            session_id=_text("session_id", opening.session_id),
+            session_id=text_to_wire("session_id", opening.session_id),
             stage=enums.STAGES[opening.stage],
-            policy=_text("policy", opening.policy),
-            tokenizer_fingerprint=_text(
+            policy=text_to_wire("policy", opening.policy),
+            tokenizer_fingerprint=text_to_wire(
                 "tokenizer_fingerprint", opening.tokenizer_fingerprint or ""
             ),
             context_messages=_messages_to_wire("context_messages", opening.context_messages),
             want_tokens=opening.want_tokens,
             want_attribution=opening.want_attribution,
-            caller=_text("caller", opening.caller or ""),
-            model=_text("model", opening.model or ""),
+            caller=text_to_wire("caller", opening.caller or ""),
+            model=text_to_wire("model", opening.model or ""),
         )
     )
 
@@ -120,10 +122,10 @@ def stream_chunk_to_wire(chunk: StreamChunk) -> pb.ScoreStreamRequest:
         raise InvalidRequestError("tokens.content", found, "exactly one of token_ids, text")
     tokens = pb.StreamTokens(start_index=chunk.start_index)
     if chunk.text is not None:
-        tokens.text = _text("text", chunk.text)
+        tokens.text = text_to_wire("text", chunk.text)
     elif chunk.token_ids is not None:
         tokens.token_ids.SetInParent()
-        tokens.token_ids.ids.extend(_token_ids("token_ids", chunk.token_ids))
+        tokens.token_ids.ids.extend(token_ids_to_wire("token_ids", chunk.token_ids))
     return pb.ScoreStreamRequest(tokens=tokens)
 
 
@@ -149,8 +151,8 @@ def stream_chunk_from_wire(wire: pb.ScoreStreamRequest) -> StreamChunk | None:
 def _messages_to_wire(field: str, messages: Sequence[Message]) -> list[pb.Message]:
     return [
         pb.Message(
-            role=_text(f"{field}[{index}].role", message.role),
-            content=_text(f"{field}[{index}].content", message.content),
+            role=text_to_wire(f"{field}[{index}].role", message.role),
+            content=text_to_wire(f"{field}[{index}].content", message.content),
         )
         for index, message in enumerate(messages)
     ]
@@ -160,7 +162,8 @@ def _messages_from_wire(messages: Sequence[pb.Message]) -> tuple[Message, ...]:
     return tuple(Message(role=message.role, content=message.content) for message in messages)
 
 
-def _text(field: str, text: str) -> str:
+def text_to_wire(field: str, text: str) -> str:
+    """The text; InvalidRequestError where it cannot be written as UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -172,7 +175,8 @@ def _text(field: str, text: str) -> str:
     return text
 
 
-def _token_ids(field: str, token_ids: Sequence[int]) -> Sequence[int]:
+def token_ids_to_wire(field: str, token_ids: Sequence[int]) -> Sequence[int]:
+    """The ids; InvalidRequestError where one is beyond the wire's own bound."""
     for index, token_id in enumerate(token_ids):
         if not 0 <= token_id <= MAX_TOKEN_ID:
             raise InvalidRequestError(

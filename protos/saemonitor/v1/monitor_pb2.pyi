@@ -162,6 +162,34 @@ MODE_ENFORCE: Mode.ValueType  # 2
 """May ask the caller to stop."""
 Global___Mode: _TypeAlias = Mode  # noqa: Y015
 
+class _ActivationDtype:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ActivationDtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ActivationDtype.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ACTIVATION_DTYPE_UNSPECIFIED: _ActivationDtype.ValueType  # 0
+    """Refused."""
+    ACTIVATION_DTYPE_FLOAT32: _ActivationDtype.ValueType  # 1
+    """IEEE 754 binary32."""
+    ACTIVATION_DTYPE_BFLOAT16: _ActivationDtype.ValueType  # 2
+    """The upper half of a binary32."""
+    ACTIVATION_DTYPE_FLOAT16: _ActivationDtype.ValueType  # 3
+    """IEEE 754 binary16."""
+
+class ActivationDtype(_ActivationDtype, metaclass=_ActivationDtypeEnumTypeWrapper):
+    """Floating-point type of given activations."""
+
+ACTIVATION_DTYPE_UNSPECIFIED: ActivationDtype.ValueType  # 0
+"""Refused."""
+ACTIVATION_DTYPE_FLOAT32: ActivationDtype.ValueType  # 1
+"""IEEE 754 binary32."""
+ACTIVATION_DTYPE_BFLOAT16: ActivationDtype.ValueType  # 2
+"""The upper half of a binary32."""
+ACTIVATION_DTYPE_FLOAT16: ActivationDtype.ValueType  # 3
+"""IEEE 754 binary16."""
+Global___ActivationDtype: _TypeAlias = ActivationDtype  # noqa: Y015
+
 class _UnscoredReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -698,6 +726,213 @@ class StreamGap(_message.Message):
 Global___StreamGap: _TypeAlias = StreamGap  # noqa: Y015
 
 @_typing.final
+class ScoreActivationsRequest(_message.Message):
+    """A message of the caller's side of ScoreActivations."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPEN_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def open(self) -> Global___ActivationsOpen:
+        """What is sent, and how to score it."""
+
+    @_builtins.property
+    def chunk(self) -> Global___ActivationsChunk:
+        """Some rows of one tensor."""
+
+    def __init__(
+        self,
+        *,
+        open: Global___ActivationsOpen | None = ...,
+        chunk: Global___ActivationsChunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "message", b"message", "open", b"open"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "message", b"message", "open", b"open"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "chunk"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ScoreActivationsRequest: _TypeAlias = ScoreActivationsRequest  # noqa: Y015
+
+@_typing.final
+class ScoreActivationsResponse(_message.Message):
+    """The answer to given activations: as that of Score, except that `provenance` has the `dtype` that
+    was sent and the `backend` "caller", that calibrations hold where they were made with those, and
+    that no time is spent on a forward pass.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def decision(self) -> Global___Decision:
+        """What was decided, and from what."""
+
+    def __init__(
+        self,
+        *,
+        decision: Global___Decision | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision", b"decision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScoreActivationsResponse: _TypeAlias = ScoreActivationsResponse  # noqa: Y015
+
+@_typing.final
+class ActivationsOpen(_message.Message):
+    """Says what activations follow."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    N_TOKENS_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKENIZER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    STAGE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    WANT_TOKENS_FIELD_NUMBER: _builtins.int
+    WANT_ATTRIBUTION_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    model_digest: _builtins.str
+    """SHA-256 of the files of the model that made them, hex, as in Provenance; FAILED_PRECONDITION
+    when it is not the served model's.
+    """
+    n_tokens: _builtins.int
+    """Rows of every tensor: one a token, from the first of the text, BOS and template included."""
+    tokenizer_fingerprint: _builtins.str
+    """Fingerprint of the tokenizer that made `token_ids`; required with them."""
+    stage: Global___Stage.ValueType
+    """Stage of all rows, PROMPT by default."""
+    policy: _builtins.str
+    """Name of a registered policy; empty means "default"."""
+    want_tokens: _builtins.bool
+    """Ask for per-token logits."""
+    want_attribution: _builtins.bool
+    """Ask for the exact terms of every cluster's score."""
+    caller: _builtins.str
+    """Who calls, free text; hashed before it is stored."""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ActivationTensor]:
+        """One for each hook point of GetServerInfo. FAILED_PRECONDITION for another hook point,
+        INVALID_ARGUMENT where one is missing.
+        """
+
+    @_builtins.property
+    def token_ids(self) -> Global___TokenIds:
+        """The rows' token ids, if known: control tokens are then left out of scores, and the reply can
+        show texts. Without them every row is scored.
+        """
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedScalarFieldContainer[Global___Stage.ValueType]:
+        """In place of `stage`, one for each row; rows that are UNSPECIFIED (BOS, template and system
+        tokens) are left out of scores.
+        """
+
+    def __init__(
+        self,
+        *,
+        model_digest: _builtins.str = ...,
+        n_tokens: _builtins.int = ...,
+        tensors: _abc.Iterable[Global___ActivationTensor] | None = ...,
+        token_ids: Global___TokenIds | None = ...,
+        tokenizer_fingerprint: _builtins.str = ...,
+        stage: Global___Stage.ValueType = ...,
+        stages: _abc.Iterable[Global___Stage.ValueType] | None = ...,
+        policy: _builtins.str = ...,
+        want_tokens: _builtins.bool = ...,
+        want_attribution: _builtins.bool = ...,
+        caller: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "model_digest", b"model_digest", "n_tokens", b"n_tokens", "policy", b"policy", "stage", b"stage", "stages", b"stages", "tensors", b"tensors", "token_ids", b"token_ids", "tokenizer_fingerprint", b"tokenizer_fingerprint", "want_attribution", b"want_attribution", "want_tokens", b"want_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivationsOpen: _TypeAlias = ActivationsOpen  # noqa: Y015
+
+@_typing.final
+class ActivationTensor(_message.Message):
+    """The activations of one hook point, [n_tokens, width]."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOOK_POINT_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    hook_point: _builtins.str
+    """Where they were read: the raw activations, as the Hugging Face model has them there. Centring,
+    norms and shifts that an SAE was trained with are applied by the server.
+    """
+    dtype: Global___ActivationDtype.ValueType
+    """Type of the numbers. They are scored as they are: bfloat16 that was rounded from float32 gives
+    the scores of the rounded numbers.
+    """
+    width: _builtins.int
+    """Numbers in a row."""
+    def __init__(
+        self,
+        *,
+        hook_point: _builtins.str = ...,
+        dtype: Global___ActivationDtype.ValueType = ...,
+        width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "hook_point", b"hook_point", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivationTensor: _TypeAlias = ActivationTensor  # noqa: Y015
+
+@_typing.final
+class ActivationsChunk(_message.Message):
+    """Consecutive rows of one tensor. The chunks of a tensor come in order of row and do not overlap
+    (OUT_OF_RANGE otherwise); tensors may take turns.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSOR_FIELD_NUMBER: _builtins.int
+    START_ROW_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    tensor: _builtins.int
+    """Index in `open.tensors`."""
+    start_row: _builtins.int
+    """First row: how many of this tensor were sent before."""
+    rows: _builtins.int
+    """How many rows `data` holds, at least one."""
+    data: _builtins.bytes
+    """Row after row, little-endian, without padding: rows * width * size of the type in bytes. NaN
+    and infinity are refused.
+    """
+    def __init__(
+        self,
+        *,
+        tensor: _builtins.int = ...,
+        start_row: _builtins.int = ...,
+        rows: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "rows", b"rows", "start_row", b"start_row", "tensor", b"tensor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivationsChunk: _TypeAlias = ActivationsChunk  # noqa: Y015
+
+@_typing.final
 class Decision(_message.Message):
     """The whole answer to one request or one stream."""
 
@@ -1181,9 +1416,11 @@ class Provenance(_message.Message):
     bundle_digest: _builtins.str
     """SHA-256 of the bundle, hex."""
     dtype: _builtins.str
-    """Floating-point type of the forward pass."""
+    """Floating-point type of the forward pass, or of given activations; types of several tensors are
+    joined with "+".
+    """
     backend: _builtins.str
-    """What ran the forward pass."""
+    """What ran the forward pass; "caller" where activations were given."""
     server_version: _builtins.str
     """Version of the server."""
     def __init__(
@@ -1228,11 +1465,11 @@ class TokenScores(_message.Message):
 
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Vocabulary id of each token."""
+        """Vocabulary id of each token; none at all where activations were given without ids."""
 
     @_builtins.property
     def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Text of each token."""
+        """Text of each token; empty where ids are not known."""
 
     @_builtins.property
     def stages(self) -> _containers.RepeatedScalarFieldContainer[Global___Stage.ValueType]:

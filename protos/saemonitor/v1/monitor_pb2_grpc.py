@@ -45,6 +45,11 @@ class MonitorServiceStub:
                 request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamRequest.SerializeToString,
                 response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamResponse.FromString,
                 _registered_method=True)
+        self.ScoreActivations = channel.stream_unary(
+                '/saemonitor.v1.MonitorService/ScoreActivations',
+                request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsRequest.SerializeToString,
+                response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsResponse.FromString,
+                _registered_method=True)
 
 
 class MonitorServiceServicer:
@@ -68,6 +73,16 @@ class MonitorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScoreActivations(self, request_iterator, context):
+        """Scores one request whole from activations that the caller's own forward pass made: no forward
+        pass is run here. The first message is `open`; then `chunk` messages until every row of every
+        tensor is there; closing the sending side brings the answer, which is that of Score. Rows
+        count as tokens wherever tokens are limited.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MonitorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -80,6 +95,11 @@ def add_MonitorServiceServicer_to_server(servicer, server):
                     servicer.ScoreStream,
                     request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamRequest.FromString,
                     response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamResponse.SerializeToString,
+            ),
+            'ScoreActivations': grpc.stream_unary_rpc_method_handler(
+                    servicer.ScoreActivations,
+                    request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsRequest.FromString,
+                    response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -137,6 +157,33 @@ class MonitorService:
             '/saemonitor.v1.MonitorService/ScoreStream',
             protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamRequest.SerializeToString,
             protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScoreActivations(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/saemonitor.v1.MonitorService/ScoreActivations',
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsRequest.SerializeToString,
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.ScoreActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

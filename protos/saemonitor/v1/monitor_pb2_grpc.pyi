@@ -52,6 +52,12 @@ class MonitorServiceStub:
     tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
     A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
     """
+    ScoreActivations: _grpc.StreamUnaryMultiCallable[_monitor_pb2.ScoreActivationsRequest, _monitor_pb2.ScoreActivationsResponse]
+    """Scores one request whole from activations that the caller's own forward pass made: no forward
+    pass is run here. The first message is `open`; then `chunk` messages until every row of every
+    tensor is there; closing the sending side brings the answer, which is that of Score. Rows
+    count as tokens wherever tokens are limited.
+    """
 
 @_typing.type_check_only
 class MonitorServiceAsyncStub(MonitorServiceStub):
@@ -65,6 +71,12 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
     tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
     A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+    """
+    ScoreActivations: _aio.StreamUnaryMultiCallable[_monitor_pb2.ScoreActivationsRequest, _monitor_pb2.ScoreActivationsResponse]  # type: ignore[assignment]
+    """Scores one request whole from activations that the caller's own forward pass made: no forward
+    pass is run here. The first message is `open`; then `chunk` messages until every row of every
+    tensor is there; closing the sending side brings the answer, which is that of Score. Rows
+    count as tokens wherever tokens are limited.
     """
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -88,6 +100,18 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
         tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
         A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ScoreActivations(
+        self,
+        request_iterator: _MaybeAsyncIterator[_monitor_pb2.ScoreActivationsRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.ScoreActivationsResponse, _abc.Awaitable[_monitor_pb2.ScoreActivationsResponse]]:
+        """Scores one request whole from activations that the caller's own forward pass made: no forward
+        pass is run here. The first message is `open`; then `chunk` messages until every row of every
+        tensor is there; closing the sending side brings the answer, which is that of Score. Rows
+        count as tokens wherever tokens are limited.
         """
 
 def add_MonitorServiceServicer_to_server(servicer: MonitorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
