@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
 
 from monitor.client import calls
+from monitor.client.uploads import Upload
 from monitor.errors import MonitorError
 from monitor.records import ClusterInfo, Decision, ServerInfo, Stage, StreamOpen, StreamUpdate
 from monitor.rpc import status
@@ -92,6 +94,38 @@ class AsyncMonitorClient:
             model=model,
         )
         reply = await self._call(lambda left: self._monitor.Score(request, timeout=left), timeout)
+        return decisions.decision_from_wire(reply.decision)
+
+    async def score_activations(
+        self,
+        activations: Mapping[str, NDArray[Any]],
+        *,
+        model_digest: str,
+        token_ids: Sequence[int] | None = None,
+        tokenizer_fingerprint: str | None = None,
+        stage: Stage | str = Stage.PROMPT,
+        stages: Sequence[Stage | str | None] = (),
+        tokens: bool = False,
+        attribution: bool = False,
+        policy: str = "default",
+        timeout: float | None = None,
+    ) -> Decision:
+        """Scores activations of your own forward pass, as `MonitorClient.score_activations`."""
+        upload = Upload(
+            activations,
+            model_digest=model_digest,
+            token_ids=token_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            stage=stage,
+            stages=stages,
+            tokens=tokens,
+            attribution=attribution,
+            policy=policy,
+            caller=self._caller,
+        )
+        reply = await self._call(
+            lambda left: self._monitor.ScoreActivations(upload.messages(), timeout=left), timeout
+        )
         return decisions.decision_from_wire(reply.decision)
 
     def stream(

@@ -6,13 +6,15 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
 
 from monitor.client import calls
+from monitor.client.uploads import Upload
 from monitor.errors import MonitorError
 from monitor.records import ClusterInfo, Decision, ServerInfo, Stage, StreamOpen, StreamUpdate
 from monitor.rpc import status
@@ -108,6 +110,53 @@ class MonitorClient:
             model=model,
         )
         reply = self._call(lambda left: self._monitor.Score(request, timeout=left), timeout)
+        return decisions.decision_from_wire(reply.decision)
+
+    def score_activations(
+        self,
+        activations: Mapping[str, NDArray[Any]],
+        *,
+        model_digest: str,
+        token_ids: Sequence[int] | None = None,
+        tokenizer_fingerprint: str | None = None,
+        stage: Stage | str = Stage.PROMPT,
+        stages: Sequence[Stage | str | None] = (),
+        tokens: bool = False,
+        attribution: bool = False,
+        policy: str = "default",
+        timeout: float | None = None,
+    ) -> Decision:
+        """Scores activations that your own forward pass made: no other one is run.
+
+        Args:
+            activations: for each of the server's hook points (see `info`), the raw activations of a
+                Hugging Face model there, one row a token from the first of the text on: float32,
+                float16, or uint16 with the bits of bfloat16.
+            model_digest: of the model that made them; the server refuses another than its own.
+            token_ids: the rows' ids, if known; control tokens are then left out of scores.
+            tokenizer_fingerprint: required with `token_ids`.
+            stage: which side of a conversation the rows are.
+            stages: in place of it, one a row; None leaves a row (BOS, template) out of scores.
+            tokens, attribution, policy, timeout: as in `score`.
+
+        Raises:
+            MonitorError: what the server raised, by its own class.
+        """
+        upload = Upload(
+            activations,
+            model_digest=model_digest,
+            token_ids=token_ids,
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            stage=stage,
+            stages=stages,
+            tokens=tokens,
+            attribution=attribution,
+            policy=policy,
+            caller=self._caller,
+        )
+        reply = self._call(
+            lambda left: self._monitor.ScoreActivations(upload.messages(), timeout=left), timeout
+        )
         return decisions.decision_from_wire(reply.decision)
 
     def stream(

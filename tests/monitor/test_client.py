@@ -8,19 +8,29 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 
 from monitor.client import AsyncMonitorClient, MonitorClient, RetryPolicy
 from monitor.errors import (
     DeadlineError,
     FingerprintError,
+    ForeignActivationsError,
     InvalidRequestError,
     MonitorError,
     NotFoundError,
     NotReadyError,
     QueueFullError,
 )
-from monitor.records import Message, ScoreRequest, Stage, StreamOpen
+from monitor.records import (
+    ActivationDtype,
+    ActivationsOpen,
+    ActivationTensor,
+    Message,
+    ScoreRequest,
+    Stage,
+    StreamOpen,
+)
 
 AT_ONCE = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.002)
 
@@ -459,6 +469,131 @@ async def test_the_caller_is_named_in_every_request(fake_server: Any) -> None:
             await stream.finish()
     assert fake_server.pipeline.requests[0][0].caller == "team-a"
     assert fake_server.pipeline.sessions[0].opened.caller == "team-a"
+
+
+def acts(n: int = 700, width: int = 640, dtype: Any = np.float32) -> np.ndarray:
+    return np.arange(n * width, dtype=np.uint16).reshape(n, width).astype(dtype)
+
+
+async def test_arrays_arrive_in_chunks_below_the_limit_and_the_decision_comes_back(
+    fake_server: Any, client: AsyncMonitorClient
+) -> None:
+    arrays = {"blocks.0.hook_resid_post": acts(), "blocks.1.hook_resid_post": acts(700, 8, "<f2")}
+    arguments: dict[str, Any] = {
+        "model_digest": "d" * 64,
+        "token_ids": range(700),
+        "tokenizer_fingerprint": "f" * 64,
+        "stage": "completion",
+        "stages": [None] + ["prompt"] * 699,
+        "tokens": True,
+        "attribution": True,
+        "policy": "strict",
+    }
+    decision = fake_server.pipeline.decision
+    assert await client.score_activations(arrays, **arguments) == decision
+    assert decision == await in_thread(
+        fake_server.address, lambda c: c.score_activations(arrays, **arguments)
+    )
+    expected = ActivationsOpen(
+        model_digest="d" * 64,
+        n_tokens=700,
+        tensors=(
+            ActivationTensor(
+                hook_point="blocks.0.hook_resid_post", dtype=ActivationDtype.FLOAT32, width=640
+            ),
+            ActivationTensor(
+                hook_point="blocks.1.hook_resid_post", dtype=ActivationDtype.FLOAT16, width=8
+            ),
+        ),
+        token_ids=tuple(range(700)),
+        tokenizer_fingerprint="f" * 64,
+        stage=Stage.COMPLETION,
+        stages=(None, *[Stage.PROMPT] * 699),
+        want_tokens=True,
+        want_attribution=True,
+        policy="strict",
+    )
+    for opened, chunks, deadline_seconds in fake_server.pipeline.activations:
+        assert opened == expected
+        assert deadline_seconds is not None
+        assert max(len(chunk.data) for chunk in chunks) <= 1024 * 1024
+        assert [(c.tensor, c.start_row, c.n_rows) for c in chunks] == [
+            (0, 0, 409),
+            (0, 409, 291),
+            (1, 0, 700),
+        ]
+        sent = b"".join(chunk.data for chunk in chunks if chunk.tensor == 0)
+        assert sent == arrays["blocks.0.hook_resid_post"].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("array", "dtype", "data"),
+    [
+        (np.array([[1.0, -2.0]], ">f4"), "float32", b"\0\0\x80\x3f\0\0\0\xc0"),
+        (np.array([[0x3F80, 0xC000]], np.uint16), "bfloat16", b"\x80\x3f\x00\xc0"),
+        (np.array([[1.0, 0.0], [-2.0, 0.0]], np.float16).T[:1], "float16", b"\0\x3c\0\xc0"),
+    ],
+)
+async def test_numbers_are_sent_little_endian_in_their_type(
+    fake_server: Any, client: AsyncMonitorClient, array: np.ndarray, dtype: str, data: bytes
+) -> None:
+    await client.score_activations({"x": array}, model_digest="d")
+    opened, (chunk,), _ = fake_server.pipeline.activations[0]
+    assert (opened.tensors[0].dtype, opened.tensors[0].width) == (dtype, 2)
+    assert chunk.data == data
+
+
+@pytest.mark.parametrize(
+    ("arrays", "arguments", "message"),
+    [
+        ({}, {}, "activations: found none, expected as many rows everywhere"),
+        ({"x": acts(2, 3), "y": acts(3, 3)}, {}, "found 2 rows at x, 3 rows at y, expected"),
+        ({"x": acts(2, 3, float)}, {}, r"activations\['x'\]: found float64, expected float32"),
+        ({"x": acts(2, 3)[0]}, {}, r"found \[3\], expected a NumPy array \[n_tokens, width\]"),
+        ({"x": [[1.0]]}, {}, "found list, expected a NumPy array"),
+        ({"x": acts(1, 3)}, {"stages": ["middle"]}, "stage: found 'middle'"),
+        ({"x": acts(1, 3)}, {"token_ids": [-5]}, r"token_ids\[0\]: found -5"),
+    ],
+)
+async def test_arrays_that_cannot_be_sent_are_refused_before_they_are(
+    fake_server: Any, client: AsyncMonitorClient, arrays: Any, arguments: Any, message: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        await client.score_activations(arrays, model_digest="d", **arguments)
+    with pytest.raises(InvalidRequestError, match=message):
+        await in_thread(
+            fake_server.address,
+            lambda c: c.score_activations(arrays, model_digest="d", **arguments),
+        )
+    assert not fake_server.pipeline.activations
+
+
+async def test_activations_are_sent_again_whole_after_a_full_queue(
+    fake_server: Any, client: AsyncMonitorClient
+) -> None:
+    fake_server.pipeline.errors = [QueueFullError("queue: full", 0.01)] * 2
+    await client.score_activations({"x": acts()}, model_digest="d")
+    fake_server.pipeline.errors = [QueueFullError("queue: full", 0.01)] * 2
+    await in_thread(
+        fake_server.address, lambda c: c.score_activations({"x": acts()}, model_digest="d")
+    )
+    received = [
+        sum(chunk.n_rows for chunk in chunks) for _, chunks, _ in fake_server.pipeline.activations
+    ]
+    assert len(received) == 6
+    assert received[2] == received[5] == 700
+
+
+async def test_activations_that_are_refused_at_once_say_why(
+    fake_server: Any, client: AsyncMonitorClient
+) -> None:
+    refusal = ForeignActivationsError("model_digest: found a, expected b")
+    fake_server.pipeline.errors = [refusal, refusal]
+    large = {"x": acts(8000)}
+    with pytest.raises(ForeignActivationsError, match="model_digest: found a, expected b"):
+        await client.score_activations(large, model_digest="a")
+    with pytest.raises(ForeignActivationsError, match="model_digest: found a, expected b"):
+        await in_thread(fake_server.address, lambda c: c.score_activations(large, model_digest="a"))
 
 
 def test_waits_grow_to_a_bound_and_end() -> None:
