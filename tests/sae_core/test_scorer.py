@@ -467,6 +467,8 @@ def test_sae_of_a_processed_model_reads_what_it_was_trained_on(tmp_path: Path) -
     acts = scorer.step([Segment(scorer.open_stream(), [5, 6, 7])]).segments[0].latent_acts
     expected = [plain[name][1].encode(x[name]).numpy() for name in plain]
     np.testing.assert_allclose(acts, np.concatenate(expected, axis=1), rtol=1e-5, atol=1e-5)
+    raw = GivenActivations(3, as_given(read))
+    assert np.array_equal(scorer.step([raw.part(0, 3)]).segments[0].latent_acts, acts)
 
 
 def test_centred_sae_is_refused_where_nothing_is_centred(one_folder: Path) -> None:
