@@ -3,8 +3,8 @@
     request -> InputReader -> engine -> Evidence -> policy -> Decision -> audit log, metrics, reply
 
 The engine runs our own forward pass, or takes activations that the caller gives. A whole request of
-either kind and a stream all end in one `Decision` and one audit record. A decision that
-alerts is on disk before anybody sees it. Knows no protobuf and no sockets.
+either kind and a stream all end in one `Decision` and one audit record. A decision that alerts is
+on disk before anybody sees it. Knows no protobuf and no sockets.
 """
 
 from __future__ import annotations
@@ -301,10 +301,8 @@ class Pipeline:
     @contextmanager
     def _room_for(self, n_tokens: int) -> Iterator[None]:
         """While open, rows that are on their way take their place of the queue's limit."""
-        waiting, limit = (
-            self.engine.queue_tokens + self._arriving_tokens,
-            self.limits.max_queue_tokens,
-        )
+        waiting = self.engine.queue_tokens + self._arriving_tokens
+        limit = self.limits.max_queue_tokens
         if waiting and waiting + n_tokens > limit:
             raise QueueFullError(
                 f"queue: {waiting} tokens wait or arrive and {n_tokens} more were announced, "
