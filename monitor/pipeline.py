@@ -282,6 +282,8 @@ class Pipeline:
                 raise
             run.evidence.skip(tokens.token_ids, tokens.stages, UnscoredReason.DEADLINE)
             return UnscoredReason.DEADLINE
+        finally:
+            self.engine.close_stream(kv)
         timings.add(result)
         began = time.monotonic()
         run.take(

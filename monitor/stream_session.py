@@ -295,6 +295,7 @@ class StreamScoring:
             self._error = error
             self._give_up(UnscoredReason.ERROR)
         finally:
+            self._engine.close_stream(self._kv)
             self._arrived.set()
             self._urgent.set()
 

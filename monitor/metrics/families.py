@@ -31,6 +31,21 @@ class AuditCounts(Protocol):
     def last_sync_timestamp(self) -> float: ...
 
 
+class CacheCounts(Protocol):
+    """Where the cache of keys and values stands; counts are since the start."""
+
+    @property
+    def sessions(self) -> int: ...
+    @property
+    def session_bytes(self) -> int: ...
+    @property
+    def evicted_for_memory(self) -> int: ...
+    @property
+    def evicted_at_close(self) -> int: ...
+    @property
+    def recomputed_tokens(self) -> int: ...
+
+
 class Family(Generic[Child]):
     """One metric whose children are made once and kept: `.labels()` costs more than counting.
 
@@ -130,6 +145,51 @@ class AuditCollector(Collector):
             ("last_sync_timestamp_seconds", "Time of the last commit", now.last_sync_timestamp),
         ):
             yield GaugeMetricFamily(f"saemonitor_audit_{name}", text, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NoCache:
+    sessions: int = 0
+    session_bytes: int = 0
+    evicted_for_memory: int = 0
+    evicted_at_close: int = 0
+    recomputed_tokens: int = 0
+
+
+class CacheCollector(Collector):
+    """The counts of the cache of keys and values, read when Prometheus asks."""
+
+    def __init__(self, model: str) -> None:
+        self.read: Callable[[], CacheCounts] = _NoCache
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.read()
+        for name, text, value in (
+            ("session_cache_sessions", "Open streams", now.sessions),
+            ("session_cache_bytes", "Bytes of their keys and values", now.session_bytes),
+        ):
+            gauge = GaugeMetricFamily(f"saemonitor_{name}", text, labels=["model"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        evictions = CounterMetricFamily(
+            "saemonitor_session_cache_evictions",
+            "Streams whose keys and values were dropped",
+            labels=["model", "reason"],
+        )
+        evictions.add_metric([self._model, "memory"], now.evicted_for_memory)
+        evictions.add_metric([self._model, "closed"], now.evicted_at_close)
+        yield evictions
+        yield self._counter(
+            "session_cache_recomputed_tokens",
+            "Tokens that went through the model again after an eviction",
+            now.recomputed_tokens,
+        )
+
+    def _counter(self, name: str, text: str, value: int) -> Metric:
+        counter = CounterMetricFamily(f"saemonitor_{name}", text, labels=["model"])
+        counter.add_metric([self._model], value)
+        return counter
 
 
 class Scrape(Collector):

@@ -48,6 +48,18 @@ class KVStream:
         """Memory held by the buffers, unused capacity included."""
         return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one token's keys and values in all layers; 0 before the first."""
+        buffers = (t for t in (*self._keys, *self._values) if t is not None)
+        return sum(t.nbytes // t.shape[1] for t in buffers)
+
+    def release(self) -> None:
+        """Forgets every token and gives the memory back."""
+        self._length = 0
+        self._keys = [None] * len(self._keys)
+        self._values = [None] * len(self._values)
+
     def truncate(self, n: int) -> None:
         """Forgets all but the first `n` tokens; the memory is kept for the next ones."""
         if not 0 <= n <= self._length:
