@@ -131,6 +131,8 @@ class ServeSettings(BaseSettings):
     """Most tokens that may wait for the engine, all requests together."""
     max_cache_bytes: int = Field(default=2 * 1024**3, ge=0)
     """Most memory for keys and values between steps, bytes; what is dropped is recomputed."""
+    prefix_reuse: bool = True
+    """Whether texts that begin alike share what was computed; a caller can tell by the time."""
     max_streams: int = Field(default=256, ge=1)
     """Most streams open at the same time."""
     stream_reply_interval_ms: float = Field(default=20.0, ge=0.0)

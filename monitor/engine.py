@@ -106,6 +106,8 @@ class _Work:
     future: asyncio.Future[EngineResult]
     loop: asyncio.AbstractEventLoop
     queued_at: float
+    n_queued: int
+    """Its tokens that `queue_tokens` still counts."""
     started_at: float | None = None
     continuation: Continuation | None = None
     """From the first step on."""
@@ -128,6 +130,8 @@ class Engine:
         max_queue_tokens: tokens that may wait; beyond that `score` raises `QueueFullError`.
         max_cache_bytes: keys and values that may be held; beyond that those of the stream that
             was idle for longest go, and are recomputed on its next use.
+        reuse_key: names all that scores depend on beside the tokens, so that tokens seen before
+            take over what was computed then; None computes everything anew.
         on_step: called in the engine thread after each step; must not block.
     """
 
@@ -138,6 +142,7 @@ class Engine:
         max_step_tokens: int = 2048,
         max_queue_tokens: int = 65536,
         max_cache_bytes: int = MAX_CACHE_BYTES,
+        reuse_key: str | None = None,
         on_step: Callable[[StepRecord], None] = lambda step: None,
     ) -> None:
         self.scorer = scorer
@@ -146,7 +151,8 @@ class Engine:
         self._on_step = on_step
         self._queues: dict[Priority, deque[_Work]] = {p: deque() for p in Priority}
         self._wake = threading.Condition()
-        self._cache = ScoreCache(scorer.open_stream, max_cache_bytes)
+        key = None if reuse_key is None else reuse_key.encode()
+        self._cache = ScoreCache(scorer.open_stream, max_cache_bytes, key=key)
         self._queue_tokens = 0
         self._tokens_per_second = 1000.0
         self._stopping = False
@@ -218,6 +224,7 @@ class Engine:
             future=loop.create_future(),
             loop=loop,
             queued_at=time.monotonic(),
+            n_queued=len(token_ids),
         )
         with self._wake:
             if not self.alive:
@@ -301,9 +308,11 @@ class Engine:
 
     def _step(self, batch: list[tuple[_Work, int]]) -> None:
         running = [(work, n, work.continuation) for work, n in batch if work.continuation]
-        segments = [continuation.segment(n) for _, n, continuation in running]
         started = time.monotonic()
         try:
+            for _, _, continuation in running:
+                continuation.restore()
+            segments = [continuation.segment(n) for _, n, continuation in running]
             scores = self.scorer.step(segments)
         except Exception as error:
             if len(batch) > 1:
@@ -316,34 +325,37 @@ class Engine:
             return
         n_tokens = sum(n for _, n in batch)
         elapsed = time.monotonic() - started
-        self._tokens_per_second += 0.2 * (n_tokens / max(elapsed, 1e-6) - self._tokens_per_second)
-        n_left = sum(work.n_left for work, _ in batch)
+        if n_tokens:
+            speed = n_tokens / max(elapsed, 1e-6)
+            self._tokens_per_second += 0.2 * (speed - self._tokens_per_second)
         for (work, n, continuation), segment, scored in zip(
             running, segments, scores.segments, strict=True
         ):
-            continuation.take(segment, scored)
-            work.forward_seconds += scores.forward_seconds * n / n_tokens
-            work.encode_seconds += scores.encode_seconds * n / n_tokens
+            self._cache.take(continuation, segment, scored)
+            work.forward_seconds += scores.forward_seconds * n / max(n_tokens, 1)
+            work.encode_seconds += scores.encode_seconds * n / max(n_tokens, 1)
         finished: list[tuple[_Work, EngineResult]] = []
         with self._wake:
-            self._queue_tokens -= n_left - sum(work.n_left for work, _ in batch)
             for work, _, continuation in running:
+                self._queue_tokens -= work.n_queued - work.n_left
+                work.n_queued = work.n_left
                 if work.n_left:
                     self._queues[work.priority].append(work)
                 else:
                     finished.append((work, _result(work, continuation)))
                     self._cache.end(continuation)
         self._cache.settle(work.stream for work, _ in batch)
+        if n_tokens:
+            self._on_step(
+                StepRecord(
+                    n_segments=len(batch),
+                    n_tokens=n_tokens,
+                    forward_seconds=scores.forward_seconds,
+                    encode_seconds=scores.encode_seconds,
+                )
+            )
         for work, result in finished:
             self._resolve(work, result)
-        self._on_step(
-            StepRecord(
-                n_segments=len(batch),
-                n_tokens=n_tokens,
-                forward_seconds=scores.forward_seconds,
-                encode_seconds=scores.encode_seconds,
-            )
-        )
 
     def _explain(self, error: Exception) -> Exception:
         if isinstance(error, ScorerError):
@@ -360,7 +372,7 @@ class Engine:
 
     def _let_go(self, work: _Work) -> None:
         """Counts out work that ends before its last score; called with the lock held."""
-        self._queue_tokens -= work.n_left
+        self._queue_tokens -= work.n_queued
         if work.continuation is not None:
             self._cache.end(work.continuation)
 

@@ -47,6 +47,12 @@ class Served:
     uncalibrated_reasons: Mapping[str, str]
     """Why a cluster's thresholds are no calibrated claim here; calibrated ones are absent."""
 
+    @property
+    def reuse_key(self) -> str:
+        """Equal where equal tokens have equal scores: what `Engine` reuses results under."""
+        p = self.provenance
+        return " ".join((p.model_digest, p.bundle_digest, p.dtype, p.backend, p.server_version))
+
     def cluster_infos(self) -> tuple[ClusterInfo, ...]:
         """The registry's view of the clusters."""
         ids = [cluster.id for cluster in self.bundle.spec.clusters]

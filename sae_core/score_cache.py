@@ -1,9 +1,12 @@
-"""Many streams' keys and values under one budget of bytes.
+"""Many streams' keys and values, and blocks of tokens seen before, under one budget of bytes.
 
 A stream's tokens are kept as long as the stream; its keys and values as long as there is room for
 them. What was dropped is recomputed from the tokens when the stream is next used, before its new
-tokens, so that a caller notices nothing but the time. Knows no queue and no clock: `begin`, `end`
-and `settle` are called by one thread, which also runs the steps; everything else by any.
+tokens, so that a caller notices nothing but the time. Blocks outlive their streams: whoever reads
+the same tokens from the start takes their rows and scores over without a forward pass.
+
+Knows no queue and no clock. `begin`, `take`, `end` and `settle`, and everything of a
+`Continuation`, are called by one thread, which also runs the steps; the rest by any.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from jaxtyping import Float32
 
 from sae_core.language_model.model import Segment
 from sae_core.language_model.packed import KVStream
+from sae_core.prefix_blocks import BLOCK_TOKENS, Block, PrefixBlocks, ScoreTail, extend_chain
 from sae_core.scorer import SegmentScores
 
 
@@ -35,6 +39,12 @@ class CacheCounts:
     """Streams that were closed while they had any."""
     recomputed_tokens: int
     """Tokens that went through the model again after an eviction."""
+    prefix_blocks: int
+    prefix_bytes: int
+    prefix_evictions: int
+    """Blocks that were dropped for the budget."""
+    reused_tokens: int
+    """Tokens that did not go through the model, as a block had them."""
 
 
 class ScoredStream:
@@ -45,6 +55,9 @@ class ScoredStream:
         """Rows for the first tokens, maybe for none; the stepping thread's."""
         self.token_ids: list[int] = []
         """Grows with every step; the caller's while it waits for no score."""
+        self.chain: list[bytes] = []
+        """Names of its whole blocks, those of tokens on their way included."""
+        self.tail = ScoreTail()
         self.closed = False
         self.last_use = 0
         self.n_bytes = 0
@@ -67,19 +80,42 @@ class Continuation:
 
     def __init__(self, stream: ScoredStream, token_ids: Sequence[int]) -> None:
         self.stream = stream
+        self.blocks: list[Block] = []
+        """Known blocks from the stream's end on, which `restore` takes over."""
         self.n_scored = 0
         """New tokens that have their scores."""
         self.n_recomputed = 0
+        self.n_reused = 0
         self._token_ids = token_ids
         self._first = stream.length
         self._logits: list[Float32[np.ndarray, "n n_clusters 3"]] = []
         self._latent_acts: list[Float32[np.ndarray, "n n_latents"]] = []
         stream.kv.truncate(min(stream.kv.length, stream.length))
+        stream.tail.cut(stream.kv.length)
 
     @property
     def n_to_run(self) -> int:
         """Tokens that still have to go through the model, recomputed ones included."""
-        return self._first + len(self._token_ids) - self.stream.kv.length
+        rows = self.stream.kv.length
+        if self.blocks:
+            rows = (rows // BLOCK_TOKENS + len(self.blocks)) * BLOCK_TOKENS
+        return self._first + len(self._token_ids) - rows
+
+    def restore(self) -> None:
+        """Takes known blocks over; call before the first segment."""
+        if not self.blocks:
+            return
+        stream, old = self.stream, self.stream.kv.length
+        stream.kv.paste_rows(old // BLOCK_TOKENS * BLOCK_TOKENS, [b.rows for b in self.blocks])
+        self.n_reused += stream.kv.length - old
+        n_new = stream.kv.length - stream.length
+        if n_new > 0:
+            stream.token_ids += self._token_ids[:n_new]
+            self.n_scored += n_new
+            self._logits.append(np.concatenate([b.scores.logits for b in self.blocks])[-n_new:])
+            acts = [b.scores.latent_acts for b in self.blocks]
+            self._latent_acts.append(np.concatenate(acts)[-n_new:])
+        self.blocks = []
 
     def segment(self, n: int) -> Segment:
         """The next `n` tokens for a step."""
@@ -91,6 +127,7 @@ class Continuation:
     def take(self, segment: Segment, scores: SegmentScores) -> None:
         """Keeps what a step made of `segment`, but for recomputed tokens: theirs are known."""
         stream, n = self.stream, len(segment.token_ids)
+        stream.tail.append(stream.kv.length - n, scores)
         n_old = min(n, max(0, stream.length - (stream.kv.length - n)))
         self.n_recomputed += n_old
         if n_old < n:
@@ -107,24 +144,39 @@ class Continuation:
 
 
 class ScoreCache:
-    """Opens streams, and keeps the keys and values of the idle ones within `max_bytes`.
+    """Opens streams, and keeps what idle ones and known blocks hold within `max_bytes`.
 
     A stream between `begin` and `end` is never evicted: two that are longer together than the
     budget would else undo each other's work for ever. `admits` says whether another one fits.
     What the begun ones need beyond the budget is held for as long as they need it.
+
+    Args:
+        key: names all that scores depend on beside the tokens; None where nothing is to be reused.
+        blocks: those to begin with; a key that differs finds nothing in them.
     """
 
-    def __init__(self, open_kv: Callable[[], KVStream], max_bytes: int) -> None:
+    def __init__(
+        self,
+        open_kv: Callable[[], KVStream],
+        max_bytes: int,
+        *,
+        key: bytes | None = None,
+        blocks: PrefixBlocks | None = None,
+    ) -> None:
         self.max_bytes = max_bytes
         self._open_kv = open_kv
+        self._key = key if max_bytes else None
+        self._blocks = PrefixBlocks() if blocks is None else blocks
         self._lock = Lock()
         self._open: weakref.WeakSet[ScoredStream] = weakref.WeakSet()
         self._begun: dict[ScoredStream, int] = {}
         self._row_bytes = 0
-        self._clock = 0
+        self._clock = 1
         self._evicted_for_memory = 0
         self._evicted_at_close = 0
         self._recomputed_tokens = 0
+        self._prefix_evictions = 0
+        self._reused_tokens = 0
 
     def open_stream(self) -> ScoredStream:
         """A stream without tokens; its memory goes with `close`, or with the object."""
@@ -155,7 +207,36 @@ class ScoreCache:
         """Takes `token_ids` as the continuation of `stream`, which stays until `end`."""
         with self._lock:
             self._begun[stream] = (stream.length + len(token_ids)) * self._row_bytes
-            return Continuation(stream, token_ids)
+        continuation = Continuation(stream, token_ids)
+        if self._key is not None:
+            chain = stream.chain
+            del chain[stream.length // BLOCK_TOKENS :]
+            named = len(chain) * BLOCK_TOKENS
+            extend_chain(chain, self._key, [*stream.token_ids[named:], *token_ids])
+            first = stream.kv.length // BLOCK_TOKENS
+            continuation.blocks = self._blocks.find(chain[first:])
+            if continuation.blocks:
+                self._blocks.touch(chain[: first + len(continuation.blocks)], self._clock)
+        return continuation
+
+    def take(self, continuation: Continuation, segment: Segment, scores: SegmentScores) -> None:
+        """Gives a continuation what a step made of its segment, and keeps the blocks now whole."""
+        continuation.take(segment, scores)
+        if self._key is None:
+            return
+        stream = continuation.stream
+        n_whole = stream.kv.length // BLOCK_TOKENS
+        for index in range(stream.tail.start // BLOCK_TOKENS, n_whole):
+            name = stream.chain[index]
+            block_scores = None if name in self._blocks else stream.tail.block(index)
+            if block_scores is not None:
+                start = index * BLOCK_TOKENS
+                rows = stream.kv.copy_rows(start, start + BLOCK_TOKENS)
+                self._blocks.add(name, Block(rows, block_scores, self._clock))
+        # As young as their stream, so that they outlive it and bring it back.
+        self._blocks.touch(stream.chain[:n_whole], self._clock)
+        # One whole block stays for a text that goes back a few tokens.
+        stream.tail.drop_before((n_whole - 1) * BLOCK_TOKENS)
 
     def end(self, continuation: Continuation) -> None:
         """Lets go of the stream, whether or not all its tokens were scored."""
@@ -163,27 +244,32 @@ class ScoreCache:
         with self._lock:
             del self._begun[stream]
             self._recomputed_tokens += continuation.n_recomputed
+            self._reused_tokens += continuation.n_reused
             if stream.closed:
                 self._release(stream)
 
     def settle(self, used: Iterable[ScoredStream]) -> None:
-        """After a step over `used`: evicts idle streams, longest unused first, until all fits."""
+        """After a step over `used`: drops what was unused for longest until all fits."""
         with self._lock:
-            self._clock += 1
             for stream in used:
                 stream.last_use = self._clock
                 stream.n_bytes = stream.kv.cache_bytes
                 self._row_bytes = stream.kv.row_bytes or self._row_bytes
-            held = sum(stream.n_bytes for stream in self._open)
+            self._clock += 1
+            held = sum(stream.n_bytes for stream in self._open) + self._blocks.n_bytes
             if held <= self.max_bytes:
                 return
-            idle = (s for s in self._open if s.n_bytes and s not in self._begun)
-            for stream in sorted(idle, key=lambda s: s.last_use):
-                held -= stream.n_bytes
-                self._release(stream)
-                self._evicted_for_memory += 1
-                if held <= self.max_bytes:
-                    return
+            idle = [s for s in self._open if s.n_bytes and s not in self._begun]
+            idle.sort(key=lambda s: s.last_use, reverse=True)
+            while held > self.max_bytes and (idle or len(self._blocks)):
+                # At a tie the stream goes: its blocks bring it back, and others too.
+                if idle and idle[-1].last_use <= self._blocks.oldest_use():
+                    held -= idle[-1].n_bytes
+                    self._release(idle.pop())
+                    self._evicted_for_memory += 1
+                else:
+                    held -= self._blocks.drop_oldest()
+                    self._prefix_evictions += 1
 
     def counts(self) -> CacheCounts:
         """For metrics."""
@@ -194,6 +280,10 @@ class ScoreCache:
                 evicted_for_memory=self._evicted_for_memory,
                 evicted_at_close=self._evicted_at_close,
                 recomputed_tokens=self._recomputed_tokens,
+                prefix_blocks=len(self._blocks),
+                prefix_bytes=self._blocks.n_bytes,
+                prefix_evictions=self._prefix_evictions,
+                reused_tokens=self._reused_tokens,
             )
 
     @staticmethod

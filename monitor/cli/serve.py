@@ -48,6 +48,9 @@ def serve(
     max_cache_bytes: Annotated[
         int | None, typer.Option(help="Memory for keys and values between steps.")
     ] = None,
+    prefix_reuse: Annotated[
+        bool | None, typer.Option(help="Share what texts that begin alike have in common.")
+    ] = None,
     max_streams: Annotated[int | None, typer.Option(help="Streams open at once.")] = None,
     stream_reply_interval_ms: Annotated[
         float | None, typer.Option(help="Shortest time between a stream's replies.")

@@ -44,6 +44,14 @@ class CacheCounts(Protocol):
     def evicted_at_close(self) -> int: ...
     @property
     def recomputed_tokens(self) -> int: ...
+    @property
+    def prefix_blocks(self) -> int: ...
+    @property
+    def prefix_bytes(self) -> int: ...
+    @property
+    def prefix_evictions(self) -> int: ...
+    @property
+    def reused_tokens(self) -> int: ...
 
 
 class Family(Generic[Child]):
@@ -154,6 +162,10 @@ class _NoCache:
     evicted_for_memory: int = 0
     evicted_at_close: int = 0
     recomputed_tokens: int = 0
+    prefix_blocks: int = 0
+    prefix_bytes: int = 0
+    prefix_evictions: int = 0
+    reused_tokens: int = 0
 
 
 class CacheCollector(Collector):
@@ -168,6 +180,8 @@ class CacheCollector(Collector):
         for name, text, value in (
             ("session_cache_sessions", "Open streams", now.sessions),
             ("session_cache_bytes", "Bytes of their keys and values", now.session_bytes),
+            ("prefix_cache_blocks", "Blocks of 32 tokens kept for reuse", now.prefix_blocks),
+            ("prefix_cache_bytes", "Bytes of those blocks", now.prefix_bytes),
         ):
             gauge = GaugeMetricFamily(f"saemonitor_{name}", text, labels=["model"])
             gauge.add_metric([self._model], value)
@@ -180,16 +194,22 @@ class CacheCollector(Collector):
         evictions.add_metric([self._model, "memory"], now.evicted_for_memory)
         evictions.add_metric([self._model, "closed"], now.evicted_at_close)
         yield evictions
-        yield self._counter(
-            "session_cache_recomputed_tokens",
-            "Tokens that went through the model again after an eviction",
-            now.recomputed_tokens,
-        )
-
-    def _counter(self, name: str, text: str, value: int) -> Metric:
-        counter = CounterMetricFamily(f"saemonitor_{name}", text, labels=["model"])
-        counter.add_metric([self._model], value)
-        return counter
+        for name, text, value in (
+            (
+                "session_cache_recomputed_tokens",
+                "Tokens that went through the model again after an eviction",
+                now.recomputed_tokens,
+            ),
+            (
+                "prefix_cache_reused_tokens",
+                "Tokens that a kept block spared the model",
+                now.reused_tokens,
+            ),
+            ("prefix_cache_evictions", "Kept blocks that were dropped", now.prefix_evictions),
+        ):
+            counter = CounterMetricFamily(f"saemonitor_{name}", text, labels=["model"])
+            counter.add_metric([self._model], value)
+            yield counter
 
 
 class Scrape(Collector):

@@ -73,6 +73,7 @@ def build_pipeline(
         max_step_tokens=settings.max_step_tokens,
         max_queue_tokens=settings.max_queue_tokens,
         max_cache_bytes=settings.max_cache_bytes,
+        reuse_key=served.reuse_key if settings.prefix_reuse else None,
         on_step=lambda step: metrics.observe_batch(step.n_segments, step.n_tokens),
     )
     max_positions = served.scorer.language_model.config.max_positions

@@ -9,6 +9,7 @@ the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,20 @@ QUERY_BLOCK = 512
 """Rows of queries that one explicit mask covers; bounds it to 512 x keys, whatever the length."""
 
 _FIRST_CAPACITY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KVRows:
+    """A copy of some tokens' keys and values."""
+
+    n_tokens: int
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    """None where a layer keeps nothing."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.nbytes for pair in self.layers if pair is not None for t in pair)
 
 
 class KVStream:
@@ -59,6 +74,28 @@ class KVStream:
         self._length = 0
         self._keys = [None] * len(self._keys)
         self._values = [None] * len(self._values)
+
+    def copy_rows(self, start: int, stop: int) -> KVRows:
+        """The rows of tokens `start` to `stop`, which must have been written."""
+        return KVRows(
+            stop - start,
+            tuple(
+                None
+                if k is None or v is None
+                else (k[:, start:stop].clone(), v[:, start:stop].clone())
+                for k, v in zip(self._keys, self._values, strict=True)
+            ),
+        )
+
+    @torch.inference_mode()
+    def paste_rows(self, start: int, rows: Sequence[KVRows]) -> None:
+        """Puts copies of rows one after the other at `start`; the stream ends behind the last."""
+        for layer, pairs in enumerate(zip(*(part.layers for part in rows), strict=True)):
+            kept = [pair for pair in pairs if pair is not None]
+            if kept:
+                keys, values = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+                self.write(layer, start, keys, values)
+        self._length = start + sum(part.n_tokens for part in rows)
 
     def truncate(self, n: int) -> None:
         """Forgets all but the first `n` tokens; the memory is kept for the next ones."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import shutil
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from monitor.audit_log.writer import AuditLog
 from monitor.engine import Engine
@@ -18,6 +20,7 @@ from monitor.metrics import Metrics
 from monitor.pipeline import Pipeline
 from monitor.records import Decision, Message, ScoreRequest, ServerLimits, StreamOpen
 from monitor.served import Served
+from sae_core.language_model.model import LanguageModel, Segment
 
 LIMITS = ServerLimits(
     max_message_bytes=1 << 22, max_request_tokens=500, max_queue_tokens=4000, max_streams=8
@@ -28,6 +31,7 @@ PIECES = (
     "what is the danger of the attack in the north ",
     "never share a password or a secret ",
 )
+NAMES = ("received", "scored")
 Open = Callable[..., AbstractAsyncContextManager[Pipeline]]
 
 
@@ -105,6 +109,11 @@ async def test_streams_without_memory_decide_the_same(open_pipeline: Open) -> No
         assert metric(pipeline, "session_cache_recomputed_tokens_total") == 0
         assert metric(pipeline, "session_cache_evictions_total", reason="memory") == 0
         assert metric(pipeline, "session_cache_evictions_total", reason="closed") == 3
+    async with open_pipeline(reuse_key="k", max_cache_bytes=40_000) as pipeline:
+        for a, b in zip(await interleaved(pipeline), expected, strict=True):
+            assert_same(a, b)
+        assert metric(pipeline, "session_cache_evictions_total", reason="memory") > 0
+        assert metric(pipeline, "prefix_cache_evictions_total") > 0
     async with open_pipeline(max_cache_bytes=0) as pipeline:
         found = await interleaved(pipeline)
         assert metric(pipeline, "session_cache_recomputed_tokens_total") > 100
@@ -123,6 +132,75 @@ async def test_long_requests_at_the_same_time_end_though_none_fits(open_pipeline
         found = await asyncio.gather(*map(pipeline.score, requests))
         assert metric(pipeline, "session_cache_recomputed_tokens_total") == 0
     assert [d.verdict for d in found] == [d.verdict for d in expected]
+
+
+async def test_a_second_request_runs_what_it_does_not_share(
+    open_pipeline: Open, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = np.random.default_rng(0).integers(3, 300, 430).tolist()
+    requests = [
+        ScoreRequest(
+            token_ids=tuple(text),
+            tokenizer_fingerprint=served.tokenizer.fingerprint,
+            want_tokens=True,
+        )
+        for text in (ids[:420], [*ids[:410], 9, 8, 7], ids[:416])
+    ]
+    ran: list[int] = []
+    step = LanguageModel.step
+
+    def counted(self: LanguageModel, segments: Sequence[Segment]) -> Any:
+        ran.append(sum(len(segment.token_ids) for segment in segments))
+        return step(self, segments)
+
+    monkeypatch.setattr(LanguageModel, "step", counted)
+    found, n_run = [], []
+    async with open_pipeline(reuse_key=served.reuse_key) as pipeline:
+        for request in requests:
+            ran.clear()
+            found.append(await pipeline.score(request))
+            n_run.append(sum(ran))
+        assert n_run == [420, 413 - 384, 0]
+        assert metric(pipeline, "prefix_cache_reused_tokens_total") == 384 + 416
+        assert metric(pipeline, "prefix_cache_blocks") == 13
+        assert metric(pipeline, "prefix_cache_bytes") > 0
+        assert pipeline.engine.queue_tokens == 0
+    async with open_pipeline() as pipeline:
+        for request, decision in zip(requests, found, strict=True):
+            assert_same(decision, await pipeline.score(request))
+        assert metric(pipeline, "prefix_cache_reused_tokens_total") == 0
+    whole, again = ([t.fused for t in d.tokens[:384]] for d in found[:2])
+    assert whole == again
+
+
+async def test_a_growing_text_sent_anew_costs_linear_forwards(
+    open_pipeline: Open, served: Served
+) -> None:
+    text = " ".join(PIECES * 6)
+    n_sent = 0
+    async with open_pipeline(reuse_key=served.reuse_key) as pipeline:
+        for stop in range(20, len(text) + 20, 20):
+            decision = await pipeline.score(ScoreRequest(text=text[:stop]))
+            n_sent += decision.coverage.received
+        n_run = n_sent - metric(pipeline, "prefix_cache_reused_tokens_total")
+        whole = decision.coverage.received
+        assert n_run <= whole + 40 * (len(text) // 20 + 1) < n_sent / 2
+        counts = [metric(pipeline, f"tokens_{name}_total", stage="prompt") for name in NAMES]
+        assert counts[0] == counts[1] > whole
+
+
+async def test_another_bundle_of_the_same_model_shares_nothing(
+    tiny_bundle: Path, tmp_path: Path, served: Served
+) -> None:
+    folder = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    spec = yaml.safe_load((folder / "bundle.yaml").read_text())
+    spec["clusters"][0]["fusion"]["bias"] += 0.5
+    (folder / "bundle.yaml").write_text(yaml.safe_dump(spec))
+    changed = load_local(folder, model=None, cache=tmp_path)
+    assert changed.provenance.model_digest == served.provenance.model_digest
+    assert changed.reuse_key != served.reuse_key
+    again = load_local(tiny_bundle, model=None, cache=tmp_path)
+    assert again.reuse_key == served.reuse_key
 
 
 async def test_memory_is_freed_at_close_cancellation_and_deadline(open_pipeline: Open) -> None:

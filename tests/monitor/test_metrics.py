@@ -124,6 +124,8 @@ def test_every_series_of_the_closed_sets_is_there_at_zero(metrics: Metrics) -> N
     for gauge in (
         *("streams_active", "queue_tokens", "queue_capacity_tokens", "requests_in_flight"),
         *("session_cache_sessions", "session_cache_bytes"),
+        *("prefix_cache_blocks", "prefix_cache_bytes"),
+        *("prefix_cache_reused_tokens_total", "prefix_cache_evictions_total"),
     ):
         zero(gauge, model="tiny")
     for reason_label in ("memory", "closed"):
@@ -250,6 +252,10 @@ class FakeCache:
     evicted_for_memory: int = 3
     evicted_at_close: int = 9
     recomputed_tokens: int = 70
+    prefix_blocks: int = 6
+    prefix_bytes: int = 600
+    prefix_evictions: int = 2
+    reused_tokens: int = 640
 
 
 def test_the_cache_is_read_at_the_scrape(metrics: Metrics) -> None:
@@ -265,6 +271,10 @@ def test_the_cache_is_read_at_the_scrape(metrics: Metrics) -> None:
     assert read("session_cache_evictions_total", reason="memory") == 3
     assert read("session_cache_evictions_total", reason="closed") == 9
     assert read("session_cache_recomputed_tokens_total") == 70
+    assert read("prefix_cache_blocks") == 6
+    assert read("prefix_cache_bytes") == 600
+    assert read("prefix_cache_evictions_total") == 2
+    assert read("prefix_cache_reused_tokens_total") == 640
 
 
 @dataclasses.dataclass
