@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from threading import Lock
 
 import numpy as np
+import torch
 from jaxtyping import Float32
 
 from sae_core.language_model.model import Segment
@@ -38,7 +39,7 @@ class CacheCounts:
     evicted_at_close: int
     """Streams that were closed while they had any."""
     recomputed_tokens: int
-    """Tokens that went through the model again after an eviction."""
+    """Tokens that went through the model again, after an eviction or far back from a window."""
     prefix_blocks: int
     prefix_bytes: int
     prefix_evictions: int
@@ -127,7 +128,6 @@ class Continuation:
     def take(self, segment: Segment, scores: SegmentScores) -> None:
         """Keeps what a step made of `segment`, but for recomputed tokens: theirs are known."""
         stream, n = self.stream, len(segment.token_ids)
-        stream.tail.append(stream.kv.length - n, scores)
         n_old = min(n, max(0, stream.length - (stream.kv.length - n)))
         self.n_recomputed += n_old
         if n_old < n:
@@ -225,13 +225,17 @@ class ScoreCache:
         if self._key is None:
             return
         stream = continuation.stream
+        stream.tail.append(stream.kv.length - len(segment.token_ids), scores)
         n_whole = stream.kv.length // BLOCK_TOKENS
         for index in range(stream.tail.start // BLOCK_TOKENS, n_whole):
             name = stream.chain[index]
             block_scores = None if name in self._blocks else stream.tail.block(index)
             if block_scores is not None:
                 start = index * BLOCK_TOKENS
-                rows = stream.kv.copy_rows(start, start + BLOCK_TOKENS)
+                try:
+                    rows = stream.kv.copy_rows(start, start + BLOCK_TOKENS)
+                except (MemoryError, torch.OutOfMemoryError):
+                    break  # the scores are there: only the next caller has to compute them
                 self._blocks.add(name, Block(rows, block_scores, self._clock))
         # As young as their stream, so that they outlive it and bring it back.
         self._blocks.touch(stream.chain[:n_whole], self._clock)
