@@ -197,7 +197,7 @@ class CacheCollector(Collector):
         for name, text, value in (
             (
                 "session_cache_recomputed_tokens",
-                "Tokens that went through the model again after an eviction",
+                "Tokens that went through the model again, as their memory was dropped",
                 now.recomputed_tokens,
             ),
             (

@@ -10,8 +10,10 @@ import pytest
 
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import HookPoint
+from sae_core.language_model import packed
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import Segment
+from sae_core.language_model.packed import KVRows, KVStream
 from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.prefix_blocks import BLOCK_TOKENS, PrefixBlocks, extend_chain
 from sae_core.score_cache import ScoreCache, ScoredStream
@@ -104,14 +106,19 @@ def random_ids(n: int, seed: int = 0) -> list[int]:
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_interleaved_streams_score_the_same_however_small_the_budget(
-    scorers: dict[str, Scorer], family: str, max_tokens: int, key: bytes | None
+    scorers: dict[str, Scorer],
+    family: str,
+    max_tokens: int,
+    key: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 2 * BLOCK_TOKENS)
     scorer, rng = scorers[family], np.random.default_rng(max_tokens)
     cache = make_cache(scorer, max_tokens, key=key)
     streams = [cache.open_stream() for _ in range(4)]
     texts: list[list[int]] = [[] for _ in streams]
     for turn in range(24):
-        index, n = int(rng.integers(4)), int(rng.integers(1, 30))
+        index, n = int(rng.integers(4)), int(rng.integers(1, 50))
         text = texts[index]
         del text[int(len(text) * rng.choice([1.0, 1.0, 0.9, 0.4])) :]
         streams[index].truncate(len(text))
@@ -343,6 +350,23 @@ def test_the_end_of_a_chain_is_forgotten_before_its_beginning(counting: Counting
     found = feed(cache, counting, cache.open_stream(), ids)
     assert 0 < counting.n_run - ran < 128
     assert_same(found, at_once(counting, ids))
+
+
+def test_a_window_keeps_what_the_blocks_of_a_step_need() -> None:
+    # A step files its own rows and those of up to two blocks, less one token, before it.
+    assert packed.GO_BACK_TOKENS >= 2 * BLOCK_TOKENS - 1
+
+
+def test_without_memory_for_blocks_the_scores_come_all_the_same(
+    counting: CountingScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(self: KVStream, start: int, stop: int) -> KVRows:
+        raise MemoryError
+
+    monkeypatch.setattr(KVStream, "copy_rows", out_of_memory)
+    cache, ids = make_cache(counting, 10_000, key=b"k"), random_ids(80)
+    assert_same(feed(cache, counting, cache.open_stream(), ids), at_once(counting, ids))
+    assert cache.counts().prefix_blocks == 0
 
 
 def test_nothing_is_reused_without_a_key_or_a_budget(counting: CountingScorer) -> None:
