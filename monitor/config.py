@@ -129,6 +129,10 @@ class ServeSettings(BaseSettings):
     """Most new tokens in one forward pass."""
     max_queue_tokens: int = Field(default=65_536, ge=1)
     """Most tokens that may wait for the engine, all requests together."""
+    max_cache_bytes: int = Field(default=2 * 1024**3, ge=0)
+    """Most memory for keys and values between steps, bytes; what is dropped is recomputed."""
+    prefix_reuse: bool = True
+    """Whether texts that begin alike share what was computed; a caller can tell by the time."""
     max_streams: int = Field(default=256, ge=1)
     """Most streams open at the same time."""
     stream_reply_interval_ms: float = Field(default=20.0, ge=0.0)

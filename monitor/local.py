@@ -51,7 +51,12 @@ async def local_pipeline(
 ) -> AsyncIterator[Pipeline]:
     """An offline pipeline over what `load` gives; its engine stops with the context."""
     served = load()
-    engine = Engine(served.scorer, max_step_tokens=max_step_tokens, max_queue_tokens=UNBOUNDED)
+    engine = Engine(
+        served.scorer,
+        max_step_tokens=max_step_tokens,
+        max_queue_tokens=UNBOUNDED,
+        reuse_key=served.reuse_key,
+    )
     audit_log = AuditLog.open("sqlite://", level="none")
     audit_log.start()
     engine.start()

@@ -58,7 +58,7 @@ from monitor.records import (
 )
 from monitor.served import Served
 from monitor.stream_session import News, StreamScoring, TimingSums
-from sae_core.activation_source import ActivationSource, OwnForward
+from sae_core.score_cache import ActivationSource, OwnForward
 
 log = structlog.get_logger(__name__)
 
@@ -380,6 +380,9 @@ class Pipeline:
                 raise
             run.evidence.skip(ids, tokens.stages, UnscoredReason.DEADLINE)
             return UnscoredReason.DEADLINE
+        finally:
+            if isinstance(source, OwnForward):
+                self.engine.close_stream(source.stream)
         timings.add(result)
         began = time.monotonic()
         run.take(run.evidence.add(ids, tokens.stages, result.logits, result.latent_acts))

@@ -65,6 +65,12 @@ class Served:
         )
         return replace(self, provenance=provenance, plan=plan, uncalibrated_reasons=reasons)
 
+    @property
+    def reuse_key(self) -> str:
+        """Equal where equal tokens have equal scores: what `Engine` reuses results under."""
+        p = self.provenance
+        return " ".join((p.model_digest, p.bundle_digest, p.dtype, p.backend, p.server_version))
+
     def cluster_infos(self) -> tuple[ClusterInfo, ...]:
         """The registry's view of the clusters."""
         ids = [cluster.id for cluster in self.bundle.spec.clusters]

@@ -32,7 +32,7 @@ from monitor.evidence import Evidence
 from monitor.inputs import InputReader, TokenInput
 from monitor.policy import Crossing
 from monitor.records import Alert, Coverage, Gap, Stage, StreamOpen, Timings, UnscoredReason
-from sae_core.activation_source import OwnForward
+from sae_core.score_cache import OwnForward
 
 TEXT_HOLDBACK_TOKENS = 4
 """Tokens at the end of a text stream that wait for more text, a flush or the end."""
@@ -296,6 +296,7 @@ class StreamScoring:
             self._error = error
             self._give_up(UnscoredReason.ERROR)
         finally:
+            self._engine.close_stream(self._kv)
             self._arrived.set()
             self._urgent.set()
 

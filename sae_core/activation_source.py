@@ -1,14 +1,14 @@
 """Where the activations of a piece of work come from: our own forward pass, or somebody else's.
 
-A source gives its tokens part by part, so that long work is scored in steps. `Scorer.step` takes
-parts of both kinds and scores them alike. Knows no requests and no wire.
+Work is scored part by part, in steps; `Scorer.step` takes parts of both kinds and scores them
+alike. Our own forward pass over a stream is `score_cache`'s. Knows no requests and no wire.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import KVStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,34 +36,6 @@ class GivenRows:
 
 Part: TypeAlias = Segment | GivenRows
 """What one step scores of one piece of work."""
-
-
-class ActivationSource(Protocol):
-    """Some tokens, and how their activations are had."""
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens there are."""
-
-    def part(self, start: int, stop: int) -> Part:
-        """Tokens `start` to `stop`; parts are scored in order, each one once."""
-
-
-@dataclass(frozen=True, slots=True)
-class OwnForward:
-    """Our own forward pass over new tokens of a stream."""
-
-    stream: KVStream
-    token_ids: Sequence[int]
-
-    @property
-    def n_tokens(self) -> int:
-        """How many tokens the stream grows by."""
-        return len(self.token_ids)
-
-    def part(self, start: int, stop: int) -> Segment:
-        """Follows what the stream holds when the part is scored."""
-        return Segment(stream=self.stream, token_ids=list(self.token_ids[start:stop]))
 
 
 @dataclass(frozen=True, slots=True)

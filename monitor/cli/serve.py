@@ -45,6 +45,12 @@ def serve(
     max_request_tokens: Annotated[int | None, typer.Option(help="Longest request.")] = None,
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward.")] = None,
     max_queue_tokens: Annotated[int | None, typer.Option(help="Tokens that may wait.")] = None,
+    max_cache_bytes: Annotated[
+        int | None, typer.Option(help="Memory for keys and values between steps.")
+    ] = None,
+    prefix_reuse: Annotated[
+        bool | None, typer.Option(help="Share what texts that begin alike have in common.")
+    ] = None,
     max_streams: Annotated[int | None, typer.Option(help="Streams open at once.")] = None,
     stream_reply_interval_ms: Annotated[
         float | None, typer.Option(help="Shortest time between a stream's replies.")

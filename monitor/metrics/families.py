@@ -31,6 +31,29 @@ class AuditCounts(Protocol):
     def last_sync_timestamp(self) -> float: ...
 
 
+class CacheCounts(Protocol):
+    """Where the cache of keys and values stands; counts are since the start."""
+
+    @property
+    def sessions(self) -> int: ...
+    @property
+    def session_bytes(self) -> int: ...
+    @property
+    def evicted_for_memory(self) -> int: ...
+    @property
+    def evicted_at_close(self) -> int: ...
+    @property
+    def recomputed_tokens(self) -> int: ...
+    @property
+    def prefix_blocks(self) -> int: ...
+    @property
+    def prefix_bytes(self) -> int: ...
+    @property
+    def prefix_evictions(self) -> int: ...
+    @property
+    def reused_tokens(self) -> int: ...
+
+
 class Family(Generic[Child]):
     """One metric whose children are made once and kept: `.labels()` costs more than counting.
 
@@ -130,6 +153,63 @@ class AuditCollector(Collector):
             ("last_sync_timestamp_seconds", "Time of the last commit", now.last_sync_timestamp),
         ):
             yield GaugeMetricFamily(f"saemonitor_audit_{name}", text, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NoCache:
+    sessions: int = 0
+    session_bytes: int = 0
+    evicted_for_memory: int = 0
+    evicted_at_close: int = 0
+    recomputed_tokens: int = 0
+    prefix_blocks: int = 0
+    prefix_bytes: int = 0
+    prefix_evictions: int = 0
+    reused_tokens: int = 0
+
+
+class CacheCollector(Collector):
+    """The counts of the cache of keys and values, read when Prometheus asks."""
+
+    def __init__(self, model: str) -> None:
+        self.read: Callable[[], CacheCounts] = _NoCache
+        self._model = model
+
+    def collect(self) -> Iterator[Metric]:
+        now = self.read()
+        for name, text, value in (
+            ("session_cache_sessions", "Open streams", now.sessions),
+            ("session_cache_bytes", "Bytes of their keys and values", now.session_bytes),
+            ("prefix_cache_blocks", "Blocks of 32 tokens kept for reuse", now.prefix_blocks),
+            ("prefix_cache_bytes", "Bytes of those blocks", now.prefix_bytes),
+        ):
+            gauge = GaugeMetricFamily(f"saemonitor_{name}", text, labels=["model"])
+            gauge.add_metric([self._model], value)
+            yield gauge
+        evictions = CounterMetricFamily(
+            "saemonitor_session_cache_evictions",
+            "Streams whose keys and values were dropped",
+            labels=["model", "reason"],
+        )
+        evictions.add_metric([self._model, "memory"], now.evicted_for_memory)
+        evictions.add_metric([self._model, "closed"], now.evicted_at_close)
+        yield evictions
+        for name, text, value in (
+            (
+                "session_cache_recomputed_tokens",
+                "Tokens that went through the model again, as their memory was dropped",
+                now.recomputed_tokens,
+            ),
+            (
+                "prefix_cache_reused_tokens",
+                "Tokens that a kept block spared the model",
+                now.reused_tokens,
+            ),
+            ("prefix_cache_evictions", "Kept blocks that were dropped", now.prefix_evictions),
+        ):
+            counter = CounterMetricFamily(f"saemonitor_{name}", text, labels=["model"])
+            counter.add_metric([self._model], value)
+            yield counter
 
 
 class Scrape(Collector):

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
-from monitor.metrics.families import AuditCollector, AuditCounts, Maker, Scrape
+from monitor.metrics.families import (
+    AuditCollector,
+    AuditCounts,
+    CacheCollector,
+    CacheCounts,
+    Maker,
+    Scrape,
+)
 from monitor.metrics.labels import (
     GRPC_CODES,
     LATENCY,
@@ -98,8 +105,8 @@ class Metrics:
         self._queue_tokens = make.gauge("queue_tokens", "Tokens that wait for the engine")()
         self._queue_capacity = make.gauge("queue_capacity_tokens", "Tokens that may wait")()
         self._in_flight = make.gauge("requests_in_flight", "Requests being answered")()
-        self._sessions = make.gauge("session_cache_sessions", "Streams with a KV cache")()
-        self._session_bytes = make.gauge("session_cache_bytes", "Bytes of those caches")()
+        self._cache = CacheCollector(model)
+        self.registry.register(self._cache)
 
         self._cluster_score = make.histogram(
             "cluster_score", "Scores, 0 at flag and 1 at alert", SCORE, "cluster", "stage"
@@ -221,10 +228,9 @@ class Metrics:
         self._queue_capacity.set_function(capacity_tokens)
         self._in_flight.set_function(in_flight)
 
-    def watch_sessions(self, sessions: Callable[[], float], n_bytes: Callable[[], float]) -> None:
-        """Reads the KV caches of streams at every scrape."""
-        self._sessions.set_function(sessions)
-        self._session_bytes.set_function(n_bytes)
+    def watch_cache(self, read: Callable[[], CacheCounts]) -> None:
+        """Reads where the streams' keys and values stand at every scrape."""
+        self._cache.read = read
 
     def observe_decision(self, decision: Decision) -> None:
         """Counts one decision: its scores, verdict and timings; its alerts were counted before."""

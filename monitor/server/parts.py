@@ -72,6 +72,8 @@ def build_pipeline(
         served.scorer,
         max_step_tokens=settings.max_step_tokens,
         max_queue_tokens=settings.max_queue_tokens,
+        max_cache_bytes=settings.max_cache_bytes,
+        reuse_key=served.reuse_key if settings.prefix_reuse else None,
         on_step=lambda step: metrics.observe_batch(step.n_segments, step.n_tokens),
     )
     max_positions = served.scorer.language_model.config.max_positions
@@ -93,7 +95,7 @@ def build_pipeline(
         lambda: engine.max_queue_tokens,
         lambda: pipeline.n_requests + pipeline.n_streams,
     )
-    metrics.watch_sessions(lambda: engine.cache()[0], lambda: engine.cache()[1])
+    metrics.watch_cache(engine.cache)
     torch = importlib.metadata.version("torch")
     metrics.describe(served.provenance, served.hook_points, torch)
     engine.start()

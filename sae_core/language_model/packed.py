@@ -9,6 +9,7 @@ the call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,19 +24,39 @@ PACKED_ATTENTION = "sae_monitor_packed"
 QUERY_BLOCK = 512
 """Rows of queries that one explicit mask covers; bounds it to 512 x keys, whatever the length."""
 
+GO_BACK_TOKENS = 128
+"""How far a stream can go back over a sliding window without being computed anew: far more than
+tokens change where a text grows, a quarter of Gemma 3's window."""
+
 _FIRST_CAPACITY = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KVRows:
+    """A copy of some tokens' keys and values."""
+
+    n_tokens: int
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    """None where a layer keeps nothing."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Memory held."""
+        return sum(t.nbytes for pair in self.layers if pair is not None for t in pair)
 
 
 class KVStream:
     """The keys and values of one token stream, layer by layer, in buffers that grow.
 
-    Sliding-window layers keep everything too, so that `truncate` to any length is exact. Belongs
-    to one user at a time; rows at and beyond `length` mean nothing.
+    Where a sliding-window layer's buffer is full it drops what lies before its window, but for
+    `GO_BACK_TOKENS`. Belongs to one user at a time; rows at and beyond `length` mean nothing.
     """
 
     def __init__(self, n_layers: int) -> None:
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
+        self._windows: list[int | None] = [None] * n_layers
+        self._starts = [0] * n_layers
         self._length = 0
 
     @property
@@ -48,10 +69,52 @@ class KVStream:
         """Memory held by the buffers, unused capacity included."""
         return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
 
+    @property
+    def row_bytes(self) -> int:
+        """Memory of one token's keys and values in all layers; 0 before the first."""
+        buffers = (t for t in (*self._keys, *self._values) if t is not None)
+        return sum(t.nbytes // t.shape[1] for t in buffers)
+
+    def release(self) -> None:
+        """Forgets every token and gives the memory back."""
+        self._length = 0
+        self._keys = [None] * len(self._keys)
+        self._values = [None] * len(self._values)
+        self._starts = [0] * len(self._starts)
+
+    def copy_rows(self, start: int, stop: int) -> KVRows:
+        """The rows of tokens `start` to `stop`, which lie within the last step or just before."""
+        assert start >= max(self._starts), "rows that a sliding window has dropped"
+        layers: list[tuple[Tensor, Tensor] | None] = []
+        for keys, values, first in zip(self._keys, self._values, self._starts, strict=True):
+            if keys is None or values is None:
+                layers.append(None)
+                continue
+            rows = slice(start - first, stop - first)
+            layers.append((keys[:, rows].clone(), values[:, rows].clone()))
+        return KVRows(stop - start, tuple(layers))
+
+    @torch.inference_mode()
+    def paste_rows(self, start: int, rows: Sequence[KVRows]) -> None:
+        """Puts copies of rows one after the other at `start`; the stream ends behind the last."""
+        for layer, pairs in enumerate(zip(*(part.layers for part in rows), strict=True)):
+            kept = [pair for pair in pairs if pair is not None]
+            if kept:
+                keys, values = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
+                self.write(layer, start, keys, values, self._windows[layer])
+        self._length = start + sum(part.n_tokens for part in rows)
+
     def truncate(self, n: int) -> None:
-        """Forgets all but the first `n` tokens; the memory is kept for the next ones."""
+        """Forgets all but the first `n` tokens; the memory is kept for the next ones.
+
+        Forgets every token where a window before `n` has been dropped: `length` says which.
+        """
         if not 0 <= n <= self._length:
             raise ValueError(f"truncate: found {n}, expected 0 to the length {self._length}")
+        for window, first in zip(self._windows, self._starts, strict=True):
+            if window is not None and first > max(0, n - window + 1):
+                self.release()
+                return
         self._length = n
 
     def advance(self, n: int) -> None:
@@ -64,28 +127,45 @@ class KVStream:
         start: int,
         keys: Float[Tensor, "n_kv_heads n head_dim"],
         values: Float[Tensor, "n_kv_heads n head_dim"],
+        window: int | None = None,
     ) -> tuple[
-        Float[Tensor, "n_kv_heads stop head_dim"], Float[Tensor, "n_kv_heads stop head_dim"]
+        Float[Tensor, "n_kv_heads kept head_dim"], Float[Tensor, "n_kv_heads kept head_dim"]
     ]:
-        """Puts one layer's new rows at `start`; returns views of that layer's rows up to them."""
-        stop = start + keys.shape[1]
-        all_keys = self._keys[layer] = _with_room(self._keys[layer], start, stop, keys)
-        all_values = self._values[layer] = _with_room(self._values[layer], start, stop, values)
-        all_keys[:, start:stop] = keys
-        all_values[:, start:stop] = values
-        return all_keys[:, :stop], all_values[:, :stop]
+        """Puts one layer's new rows at `start`; returns views of that layer's rows up to them.
+
+        Args:
+            window: how many rows a token of this layer sees, its own included; None for all. The
+                views may begin later than with the first token, but never within a window of
+                `length` or `start`.
+        """
+        stop, first = start + keys.shape[1], self._starts[layer]
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        self._windows[layer] = window
+        if all_keys is None or all_values is None or stop - first > all_keys.shape[1]:
+            capacity = _FIRST_CAPACITY if all_keys is None else all_keys.shape[1] * 3 // 2
+            oldest = first
+            if window is not None:
+                # A step that fails goes back to `length`: its window counts, not that of `start`.
+                oldest = max(first, self._length - window - GO_BACK_TOKENS)
+                capacity = min(capacity, (window + GO_BACK_TOKENS) * 3 // 2)
+            capacity = max(capacity, stop - oldest)
+            rows = slice(oldest - first, start - first)
+            all_keys = _moved(all_keys, rows, capacity, keys)
+            all_values = _moved(all_values, rows, capacity, values)
+            self._keys[layer], self._values[layer] = all_keys, all_values
+            self._starts[layer] = first = oldest
+        all_keys[:, start - first : stop - first] = keys
+        all_values[:, start - first : stop - first] = values
+        return all_keys[:, : stop - first], all_values[:, : stop - first]
 
 
-def _with_room(buffer: Tensor | None, kept: int, stop: int, like: Tensor) -> Tensor:
-    """`buffer` itself while `stop` rows fit, else a larger one with the first `kept` rows."""
-    if buffer is not None and buffer.shape[1] >= stop:
-        return buffer
-    capacity = _FIRST_CAPACITY if buffer is None else buffer.shape[1] * 3 // 2
+def _moved(buffer: Tensor | None, rows: slice, capacity: int, like: Tensor) -> Tensor:
+    """A buffer with room for `capacity` rows that begins with `rows` of the old one."""
     n_heads, _, head_dim = like.shape
-    larger = like.new_empty(n_heads, max(capacity, stop), head_dim)
+    moved = like.new_empty(n_heads, capacity, head_dim)
     if buffer is not None:
-        larger[:, :kept] = buffer[:, :kept]
-    return larger
+        moved[:, : rows.stop - rows.start] = buffer[:, rows]
+    return moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +229,12 @@ def packed_attention(
     by_head = mixed.permute(1, 2, 0, 3)
     for span in packed_plan.spans:
         rows = slice(span.start, span.stop)
-        keys, values = span.stream.write(layer, span.past, key[0, :, rows], value[0, :, rows])
+        keys, values = span.stream.write(
+            layer, span.past, key[0, :, rows], value[0, :, rows], sliding_window
+        )
+        past = keys.shape[1] - (span.stop - span.start)
         by_head[:, :, rows] = _attend(
-            grouped[:, :, rows], keys, values, span.past, scaling, sliding_window, softcap
+            grouped[:, :, rows], keys, values, past, scaling, sliding_window, softcap
         )
     return mixed.view(1, total, n_heads, -1), None
 

@@ -11,10 +11,10 @@ import pytest
 
 from monitor.engine import Engine, Priority, StepRecord
 from monitor.errors import ActivationError, DeadlineError, NotReadyError, QueueFullError
-from sae_core.activation_source import OwnForward
 from sae_core.errors import ScorerError
 from sae_core.language_model.model import Segment
 from sae_core.language_model.packed import KVStream
+from sae_core.score_cache import OwnForward
 from sae_core.scorer import Scorer, SegmentScores, StepScores
 
 POISON = 666
@@ -209,6 +209,8 @@ async def test_stopping_tells_those_who_wait(engine: Engine, scorer: FakeScorer)
 
 async def test_open_sequences_are_counted_until_they_are_let_go(engine: Engine) -> None:
     streams = [engine.open_stream(), engine.open_stream()]
-    assert engine.cache() == (2, 0)
+    assert (engine.cache().sessions, engine.cache().session_bytes) == (2, 0)
     streams.pop()
-    assert engine.cache()[0] == 1
+    assert engine.cache().sessions == 1
+    engine.close_stream(streams[0])
+    assert engine.cache().sessions == 0

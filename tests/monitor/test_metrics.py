@@ -124,8 +124,13 @@ def test_every_series_of_the_closed_sets_is_there_at_zero(metrics: Metrics) -> N
     for gauge in (
         *("streams_active", "queue_tokens", "queue_capacity_tokens", "requests_in_flight"),
         *("session_cache_sessions", "session_cache_bytes"),
+        *("prefix_cache_blocks", "prefix_cache_bytes"),
+        *("prefix_cache_reused_tokens_total", "prefix_cache_evictions_total"),
     ):
         zero(gauge, model="tiny")
+    for reason_label in ("memory", "closed"):
+        zero("session_cache_evictions_total", model="tiny", reason=reason_label)
+    zero("session_cache_recomputed_tokens_total", model="tiny")
     zero("batch_requests_count", model="tiny")
     zero("batch_tokens_count", model="tiny")
     zero("audit_records_total", result="written")
@@ -233,13 +238,43 @@ def test_clusters_beyond_the_cap_share_other() -> None:
 def test_gauges_are_read_at_the_scrape(metrics: Metrics) -> None:
     queue = [1, 2, 3]
     metrics.watch_queue(lambda: len(queue), lambda: 100, lambda: 2)
-    metrics.watch_sessions(lambda: 4, lambda: 4096)
     assert value(metrics, "saemonitor_queue_tokens", model="tiny") == 3
     queue.clear()
     assert value(metrics, "saemonitor_queue_tokens", model="tiny") == 0
     assert value(metrics, "saemonitor_queue_capacity_tokens", model="tiny") == 100
     assert value(metrics, "saemonitor_requests_in_flight", model="tiny") == 2
-    assert value(metrics, "saemonitor_session_cache_bytes", model="tiny") == 4096
+
+
+@dataclasses.dataclass
+class FakeCache:
+    sessions: int = 4
+    session_bytes: int = 4096
+    evicted_for_memory: int = 3
+    evicted_at_close: int = 9
+    recomputed_tokens: int = 70
+    prefix_blocks: int = 6
+    prefix_bytes: int = 600
+    prefix_evictions: int = 2
+    reused_tokens: int = 640
+
+
+def test_the_cache_is_read_at_the_scrape(metrics: Metrics) -> None:
+    cache = FakeCache()
+    metrics.watch_cache(lambda: cache)
+    cache.sessions = 5
+
+    def read(name: str, **labels: str) -> float | None:
+        return value(metrics, f"saemonitor_{name}", model="tiny", **labels)
+
+    assert read("session_cache_sessions") == 5
+    assert read("session_cache_bytes") == 4096
+    assert read("session_cache_evictions_total", reason="memory") == 3
+    assert read("session_cache_evictions_total", reason="closed") == 9
+    assert read("session_cache_recomputed_tokens_total") == 70
+    assert read("prefix_cache_blocks") == 6
+    assert read("prefix_cache_bytes") == 600
+    assert read("prefix_cache_evictions_total") == 2
+    assert read("prefix_cache_reused_tokens_total") == 640
 
 
 @dataclasses.dataclass

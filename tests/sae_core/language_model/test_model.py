@@ -192,6 +192,53 @@ def test_truncated_stream_goes_on_as_if_the_rest_had_never_been(
     assert_same(found, {HookPoint(2, "resid_post"): expected})
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_a_window_bounds_what_a_long_stream_keeps_and_changes_nothing(
+    folder_of: Callable[[str], Path],
+    oracle_of: OracleOf,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    chunk: int,
+) -> None:
+    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 16)
+    folder, (text,) = folder_of(family), random_texts((300,))
+    hook_point = HookPoint(2, "resid_post")
+    model = load_language_model(folder, [hook_point])
+    stream = model.open_stream()
+    parts = [
+        model.step([Segment(stream, text[i : i + chunk])])[hook_point]
+        for i in range(0, len(text), chunk)
+    ]
+    assert_same({hook_point: torch.cat(parts)}, oracle_of(folder)(text))
+    rows = sorted(k.shape[1] for k in stream._keys if k is not None)
+    window = 8
+    assert rows[0] <= max(64, (window + 16) * 3 // 2, chunk + window + 16)
+    assert family == "mistral" or rows[-1] >= 300
+
+
+def test_going_back_over_a_window_is_exact_or_forgets_all(
+    folder_of: Callable[[str], Path], oracle_of: OracleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 16)
+    folder, (text, other) = folder_of("gemma3"), random_texts((200, 30))
+    hook_point = HookPoint(2, "resid_post")
+    model = load_language_model(folder, [hook_point])
+    expected = oracle_of(folder)(text)[hook_point]
+    outcomes = set()
+    for back in (5, 16, 40, 120):
+        stream = model.open_stream()
+        ids = text[:150] + other
+        for i in range(0, 150 + back, 5):
+            model.step([Segment(stream, (ids + other * 4)[i : min(i + 5, 150 + back)])])
+        stream.truncate(150)
+        outcomes.add(stream.length)
+        assert stream.length == (150 if back <= 16 else stream.length)
+        found = model.step([Segment(stream, text[stream.length :])])[hook_point]
+        assert_same({hook_point: found}, {hook_point: expected[-len(found) :]})
+    assert outcomes == {0, 150}
+
+
 def test_truncate_refuses_a_length_that_the_stream_does_not_have(
     folder_of: Callable[[str], Path],
 ) -> None:
@@ -215,11 +262,11 @@ def test_failed_forward_leaves_every_stream_as_it_was(
     write = KVStream.write
 
     def out_of_memory_in_the_last_layer(
-        self: KVStream, layer: int, start: int, keys: Tensor, values: Tensor
+        self: KVStream, layer: int, start: int, keys: Tensor, values: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor]:
         if layer == 2 and self is streams[1]:
             raise MemoryError
-        return write(self, layer, start, keys, values)
+        return write(self, layer, start, keys, values, window)
 
     with monkeypatch.context() as patch:
         patch.setattr(KVStream, "write", out_of_memory_in_the_last_layer)
