@@ -212,4 +212,5 @@ def _model_differs(served: Served) -> str | None:
 def _brief(cause: Cause) -> str:
     m = cause.measured
     fvu = "" if m.fvu is None else f"FVU {m.fvu:.3g}, "
-    return f"{cause.what} ({fvu}L0 {m.l0:.3g})"
+    what = cause.what if cause.explains else cause.tried
+    return f"{what} ({fvu}L0 {m.l0:.3g})"

@@ -40,6 +40,11 @@ class Cause:
     distance: float
     """From the expected numbers, in powers of e; 0 is the very same."""
 
+    @property
+    def tried(self) -> str:
+        """`what` without its claim, for one that does not explain."""
+        return self.what.replace("it fits ", "", 1)
+
 
 LARGEST_TRIED = 2**28
 """Encoder numbers beyond which other formulas are not tried: they need the whole SAE in memory."""
@@ -83,9 +88,8 @@ def diagnose(
             attempt(_misplaced(hook_point, place), lambda: sae, x, there)
     other = reader.read([hook_point], not with_bos).get(hook_point)
     if other is not None:
-        had = "with" if with_bos else "without"
-        wants = "without" if with_bos else "with"
-        what = f"BOS handled differently: texts were read {had} BOS, it fits them {wants}"
+        habit = "without" if with_bos else "with"
+        what = f"BOS handled differently: it fits texts read {habit} BOS"
         attempt(what, lambda: sae, other, None)
     if sae.config.d_in * sae.config.d_sae <= LARGEST_TRIED:
         for what, make in _other_formulas(sae, here, bands):

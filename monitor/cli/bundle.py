@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from monitor.model_store import Progress
     from monitor.served import Served
 
+NEAREST_SHOWN = 5
+"""Mistakes in the table that were tried and do not fit."""
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Folder = Annotated[str, typer.Argument(help="A bundle's folder, or default.")]
 Model = Annotated[Path | None, typer.Option(help="The model's folder.")]
@@ -118,6 +121,8 @@ def check(folder: Folder = "default", model: Model = None) -> None:
         judged = check_fidelity(served)
     for one in judged:
         out.print(_fidelity_table(one))
+        if one.causes:
+            out.print(_tried_table(one))
     for cluster, reason in served.uncalibrated_reasons.items():
         err.print(f"uncalibrated: {cluster}: {reason}", markup=False, highlight=False)
     n = len(served.bundle.spec.clusters)
@@ -173,7 +178,7 @@ def _load(folder: str, model: Path | None, progress: Progress) -> Served:
 
 
 def _fidelity_table(one: SAEFidelity) -> Table:
-    """Numbers beside their bands; below them, where they are outside, what was tried."""
+    """Numbers beside their bands."""
     from sae_core.fidelity import FIRING_AGREEMENT
 
     m, b = one.measured, one.bands
@@ -200,10 +205,22 @@ def _fidelity_table(one: SAEFidelity) -> Table:
     row("registered latents fire as before", agreement, f">= {FIRING_AGREEMENT}", "registered")
     not_held = f"{len(b.silent)} of {len(b.firings)}"
     table.add_row("fire on no probe text", not_held, "", "not held")
-    for cause in one.causes:
-        fits = "FITS" if cause.explains else ""
-        numbers = f"FVU {number(cause.measured.fvu)}, L0 {number(cause.measured.l0)}"
-        table.add_row("tried", numbers, cause.what, fits)
+    return table
+
+
+def _tried_table(one: SAEFidelity) -> Table:
+    """What was tried to find out why, what fits first, and the nearest of what does not."""
+    table = Table(box=None, title="tried, the likeliest first", title_justify="left")
+    for name in ("", "FVU", "L0", "what"):
+        table.add_column(name, overflow="fold")
+    n_fitting = sum(cause.explains for cause in one.causes)
+    shown = one.causes[: n_fitting + NEAREST_SHOWN]
+    for cause in shown:
+        fvu = "-" if cause.measured.fvu is None else f"{cause.measured.fvu:.4g}"
+        word, what = ("FITS", cause.what) if cause.explains else ("no", cause.tried)
+        table.add_row(word, fvu, f"{cause.measured.l0:.4g}", what)
+    if left := len(one.causes) - len(shown):
+        table.add_row("no", "", "", f"and {left} more, farther off")
     return table
 
 

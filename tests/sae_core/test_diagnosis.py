@@ -152,9 +152,8 @@ def test_other_bos_habit_is_caught_and_named(folder: Path) -> None:
     bands = bands_of(sae, folder)
     causes = caught(sae, bands, folder, with_bos=False)
     assert causes[0].explains
-    assert causes[0].what == (
-        "BOS handled differently: texts were read without BOS, it fits them with"
-    )
+    assert causes[0].what == "BOS handled differently: it fits texts read with BOS"
+    assert causes[0].tried == "BOS handled differently: texts read with BOS"
 
 
 def test_weights_of_a_finetuned_model_are_caught_and_nothing_explains_them(
