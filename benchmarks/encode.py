@@ -29,9 +29,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from environments import CACHE, peer_python, versions
 
-CACHE = Path.home() / ".cache" / "sae-monitor" / "benchmarks"
-TORCH = "torch==2.13.0"
 HEADER_BYTES = 1024
 K = 64
 ARCHITECTURES = {"relu": "standard", "jumprelu": "jumprelu", "topk": "topk"}
@@ -66,13 +65,8 @@ def main() -> None:
 
 def parent(options: argparse.Namespace) -> None:
     started = time.monotonic()
-    peer = saelens_python()
-    versions = subprocess.run(
-        [peer, "-c", "import sae_lens,torch; print(sae_lens.__version__, torch.__version__)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    peer = peer_python("saelens")
+    peers = versions(peer, "sae-lens", "torch")
     facts = {
         "machine": cpu_name(),
         "cores": os.cpu_count(),
@@ -80,8 +74,8 @@ def parent(options: argparse.Namespace) -> None:
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "sae_lens": versions[0],
-        "sae_lens_torch": versions[1],
+        "sae_lens": peers["sae-lens"],
+        "sae_lens_torch": peers["torch"],
         "tokens": 64 if options.quick else options.tokens,
         "k": K,
     }
@@ -324,20 +318,6 @@ def pages_read(folder: Path, d_in: int, d_sae: int, n: int) -> int:
     wanted = np.load(folder / "ids.npy")[:n]
     per_row = len(np.unique(wanted * 4 // PAGE))
     return d_in * per_row * PAGE
-
-
-def saelens_python() -> str:
-    """SAELens in an environment of its own; made on first use, CPU torch first."""
-    folder = CACHE / "saelens"
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        print(f"installing SAELens into {folder} (about two minutes)", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        for package in (TORCH, "sae-lens"):
-            subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
-        (folder / "ready").touch()
-    return str(python)
 
 
 def cpu_name() -> str:

@@ -21,9 +21,10 @@ import transformers
 
 from monitor.cli.common import bundle_folder
 from monitor.config import default_cache_dir
-from monitor.engine import Engine, Priority
+from monitor.engine import Engine
 from monitor.local import UNBOUNDED, load_local
 from monitor.served import Served
+from monitor.work_queue import Priority
 from sae_core.score_cache import OwnForward
 
 

@@ -26,7 +26,8 @@ def jumprelu(
     A latent exactly at its threshold is off; under a negative threshold a latent is plain ReLU.
     Source: Rajamanoharan et al. 2024, arXiv:2407.14435.
     """
-    return torch.relu(pre_acts) * (pre_acts > threshold)
+    off = pre_acts <= threshold.clamp(min=0)  # NaN is not off
+    return pre_acts.masked_fill(off, 0)
 
 
 def gated(

@@ -29,9 +29,11 @@ class GivenRows:
     acts: Mapping[HookPoint, Shaped[np.ndarray, "n _"]]
     """As in `GivenActivations`."""
 
-    def tensors(self, device: torch.device) -> dict[HookPoint, Float[Tensor, "n _"]]:
-        """The rows on a device, in the floating-point type that they were given in."""
-        return {hook_point: _tensor(acts).to(device) for hook_point, acts in self.acts.items()}
+    def tensors(
+        self, devices: Mapping[HookPoint, torch.device]
+    ) -> dict[HookPoint, Float[Tensor, "n _"]]:
+        """The rows on their hook points' devices, in the type that they were given in."""
+        return {h: _tensor(acts).to(devices[h]) for h, acts in self.acts.items()}
 
 
 Part: TypeAlias = Segment | GivenRows

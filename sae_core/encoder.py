@@ -85,6 +85,17 @@ def cut_input(config: SAEConfig, x: Float[Tensor, "... width"]) -> Float[Tensor,
     raise ShapeError(f"x has width {width}, the SAE's d_in is {d_in}")
 
 
+class EncoderParts(NamedTuple):
+    """What an `Encoder` computes with."""
+
+    b_dec: Float[Tensor, " d_in"] | None
+    columns: Columns
+    place: Int64[Tensor, " n_latents"] | None
+    """Of the registered latents among `columns`, under GroupMax; else they are the columns."""
+    dictionary: Columns | None
+    """All latents, where a rank is asked for."""
+
+
 class Encoder:
     """Some latents of an SAE, encoded exactly as all of them would be; made by `SAE.slice`.
 
@@ -122,6 +133,11 @@ class Encoder:
     def device(self) -> torch.device:
         """Where it computes, and where its input must be."""
         return self._columns.W.device
+
+    @property
+    def parts(self) -> EncoderParts:
+        """For a form of it that runs elsewhere."""
+        return EncoderParts(self._b_dec, self._columns, self._place, self._dictionary)
 
     def to(self, device: torch.device | str) -> Encoder:
         """The same encoder with its tensors on `device`."""

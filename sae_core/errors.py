@@ -8,7 +8,11 @@
     ├── TokenizerError     a tokenizer that cannot be read, or text it cannot render
     ├── TokenError         token ids or positions that the model cannot take
     ├── HeadError          a cluster or dense head that contradicts itself or its SAE
+    ├── RankError          a process of a tensor-parallel model is gone or does not answer
     ├── FidelityError      what an SAE is measured against is missing or malformed
+    ├── ExportError        what cannot be exported, or an exported graph that is not the right one
+    ├── TrainingError      too little data, an impossible setting, a checkpoint of another run
+    │   └── TrainingStopped    the user stopped it; what it has done is in its checkpoint
     └── ScorerError        numbers that are not finite where they must be
 
 Messages name the thing, what was found and what was expected.
@@ -45,12 +49,28 @@ class TokenError(SAECoreError):
     """Token ids outside the vocabulary, or more tokens than the model has positions."""
 
 
+class RankError(SAECoreError):
+    """A process that holds a part of a tensor-parallel model is gone or does not answer."""
+
+
 class HeadError(SAECoreError):
     """A cluster or dense head contradicts itself, its SAE, or its hook point."""
 
 
 class FidelityError(SAECoreError):
     """What an SAE's fidelity is to be measured against is missing, malformed, or too small."""
+
+
+class ExportError(SAECoreError):
+    """A model or encoder cannot be exported, or an exported graph is damaged or another one."""
+
+
+class TrainingError(SAECoreError):
+    """Training cannot go on: too little data, a bad setting, a checkpoint of another run."""
+
+
+class TrainingStopped(TrainingError):
+    """Training was asked to stop before its end; the message says how to take it up again."""
 
 
 class ScorerError(SAECoreError):

@@ -9,8 +9,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
 from typing import Literal, NamedTuple, get_args
 
@@ -22,6 +25,8 @@ from torch import Tensor
 from sae_core.errors import HeadError, ShapeError
 
 Transform = Literal["identity", "clip", "step"]
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +82,9 @@ class Cluster:
                 raise self._error(f"{name} has weight {term.weight}, expected a finite number")
             if not (isfinite(term.scale) and term.scale > 0):
                 raise self._error(f"{name} has scale {term.scale}, expected a positive number")
+            if self.transform != "step" and abs(term.weight / term.scale) > _FLOAT32_MAX:
+                found = f"weight {term.weight} over scale {term.scale}"
+                raise self._error(f"{name} has {found}, expected a finite float32")
             seen.add((term.sae, term.latent_id))
 
     def _error(self, problem: str) -> HeadError:
@@ -91,20 +99,30 @@ class TokenLogits(NamedTuple):
     sae: Float[Tensor, "n_tokens n_clusters"]
 
 
+class _Terms(NamedTuple):
+    """The terms of all clusters under one transform, side by side."""
+
+    columns: Int[Tensor, " n_terms"]
+    """Of the latent activations."""
+    scale: Float[Tensor, " n_terms"]
+    weight: Float[Tensor, "n_terms n_clusters"]
+    """What one unit adds, 0 for the other clusters: over `scale` for clip, of the step for step."""
+
+
 class _DenseHeads(NamedTuple):
-    """The dense heads that read one hook point, side by side."""
+    """The dense heads that read one hook point; zeros for clusters that do not."""
 
     hook_point: str
-    clusters: Int[Tensor, " n_heads"]
-    weight: Float[Tensor, "d_in n_heads"]
-    bias: Float[Tensor, " n_heads"]
+    weight: Float[Tensor, "n_clusters d_in"]
+    bias: Float[Tensor, " n_clusters"]
 
 
 class ClusterHeads:
     """All clusters together, ready to score tokens.
 
     `sae_ids` is the order of the SAEs. `latent_ids` says which latents of each to encode, and in
-    which order; the columns of several SAEs lie side by side in the order of `sae_ids`.
+    which order; the columns of several SAEs lie side by side in the order of `sae_ids`. `latents`
+    names every column by SAE and latent id.
     """
 
     def __init__(
@@ -128,8 +146,8 @@ class ClusterHeads:
         self.clusters = tuple(clusters)
         self.sae_ids = tuple(sae_ids)
         self.latent_ids = {sae: tuple(sorted(some)) for sae, some in registered.items()}
-        pairs = [(sae, i) for sae in sae_ids for i in self.latent_ids[sae]]
-        columns = {pair: column for column, pair in enumerate(pairs)}
+        self.latents = tuple((sae, i) for sae in sae_ids for i in self.latent_ids[sae])
+        columns = {latent: column for column, latent in enumerate(self.latents)}
         self._columns = [
             np.array([columns[t.sae, t.latent_id] for t in c.latents], np.int64) for c in clusters
         ]
@@ -142,7 +160,7 @@ class ClusterHeads:
     @property
     def n_latents(self) -> int:
         """Registered latents of all SAEs together: the columns of a row of latent activations."""
-        return sum(map(len, self.latent_ids.values()))
+        return len(self.latents)
 
     @property
     def hook_points(self) -> tuple[str, ...]:
@@ -179,20 +197,28 @@ class ClusterHeads:
         `resid` is by hook point and needs those of `hook_points`; `latent_acts` is by SAE id, the
         columns as `latent_ids` has them. A row of each is one token.
         """
-        n = len(next(iter((*resid.values(), *latent_acts.values()))))
-        acts = torch.cat(
-            [latent_acts[sae].float() for sae in self.sae_ids]
-            or [torch.zeros(n, 0, device=self.device)],
-            dim=-1,
+        n = next(iter((*resid.values(), *latent_acts.values()))).shape[0]  # len() ends a trace
+        acts = side_by_side(
+            [latent_acts[sae].float() for sae in self.sae_ids],
+            torch.zeros(n, 0, device=self.device),
         )
         if acts.shape != (n, self.n_latents):
             raise ShapeError(f"latent_acts are {tuple(acts.shape)}, expected {n, self.n_latents}")
-        terms = torch.minimum(acts[:, self._term_columns] / self._scale, self._cap)
-        terms = torch.where(self._is_step, (terms > 0).float(), terms)  # n_tokens n_terms
-        sae = terms @ self._weight
-        dense = torch.zeros(n, len(self.clusters), device=self.device)
-        for part in self._dense:
-            dense[:, part.clusters] = resid[part.hook_point].float() @ part.weight + part.bias
+        # Few and large operations: each may wait for threads that other processes hold up.
+        sae_parts = [] if self._plain is None else [acts @ self._plain]
+        if self._clipped is not None:
+            columns, scale, weight = self._clipped
+            sae_parts.append(torch.minimum(acts.index_select(1, columns), scale) @ weight)
+        if self._stepped is not None:
+            columns, _, weight = self._stepped
+            sae_parts.append((acts.index_select(1, columns) > 0).float() @ weight)
+        dense_parts = [
+            torch.nn.functional.linear(resid[part.hook_point].float(), part.weight, part.bias)
+            for part in self._dense
+        ]
+        nothing = torch.zeros(n, len(self.clusters), device=self.device)
+        sae = reduce(torch.add, sae_parts) if sae_parts else nothing
+        dense = reduce(torch.add, dense_parts) if dense_parts else nothing
         fused = self._fusion_bias + self._fusion_sae * sae + self._fusion_dense * dense
         return TokenLogits(fused, dense, sae)
 
@@ -216,23 +242,31 @@ class ClusterHeads:
         return acts
 
     def _build(self, device: torch.device) -> None:
-        """Lays every cluster's terms side by side, so that one matrix product sums them all."""
-        terms = [(i, c, t) for i, c in enumerate(self.clusters) for t in c.latents]
-        weight = np.zeros((len(terms), len(self.clusters)))
-        for row, (i, _, term) in enumerate(terms):
-            weight[row, i] = term.weight
-        columns = np.concatenate([np.empty(0), *self._columns])
-        is_step = [c.transform == "step" for _, c, _ in terms]
+        """Lays every cluster's terms side by side, so that a matrix product sums them all."""
 
         def numbers(values: Sequence[float] | np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(values, np.float32)).to(device)
 
+        def terms(transform: Transform) -> _Terms | None:
+            clusters = [i for i, c in enumerate(self.clusters) if c.transform == transform]
+            columns = np.concatenate([np.empty(0, np.int64), *(self._columns[i] for i in clusters)])
+            if not len(columns):
+                return None
+            weight = np.zeros((len(columns), len(self.clusters)))
+            pairs = [(i, term) for i in clusters for term in self.clusters[i].latents]
+            for row, (i, term) in enumerate(pairs):
+                weight[row, i] = term.weight / (1.0 if transform == "step" else term.scale)
+            scale = numbers([term.scale for _, term in pairs])
+            return _Terms(torch.from_numpy(columns).to(device), scale, numbers(weight))
+
         self.device = device
-        self._term_columns = torch.from_numpy(columns.astype(np.int64)).to(device)
-        self._scale = numbers([t.scale for _, _, t in terms])
-        self._cap = numbers([1.0 if c.transform == "clip" else np.inf for _, c, _ in terms])
-        self._is_step = torch.from_numpy(np.array(is_step, np.bool_)).to(device)
-        self._weight = numbers(weight)
+        plain = terms("identity")
+        self._plain: Tensor | None = None
+        if plain is not None:
+            matrix = torch.zeros(self.n_latents, len(self.clusters), device=device)
+            self._plain = matrix.index_add(0, plain.columns, plain.weight)
+        self._clipped = terms("clip")
+        self._stepped = terms("step")
         self._fusion_sae = numbers([c.fusion_sae for c in self.clusters])
         self._fusion_dense = numbers([c.fusion_dense for c in self.clusters])
         self._fusion_bias = numbers([c.fusion_bias for c in self.clusters])
@@ -253,11 +287,41 @@ def _dense_heads(
     found = {cluster: len(w) for cluster, w in weights.items() if w is not None}
     if len(set(found.values())) > 1:
         raise HeadError(f"dense weights at {hook_point} have lengths {found}, expected one length")
-    weight = np.stack([np.asarray(w, np.float32) for w in weights.values()], axis=1)
-    bias = np.array([clusters[i].dense_bias for i in indices], np.float32)
+    some = np.stack([np.asarray(w, np.float32) for w in weights.values()])
+    weight = np.zeros((len(clusters), some.shape[1]), np.float32)
+    weight[indices] = some
+    bias = np.zeros(len(clusters), np.float32)
+    bias[indices] = [clusters[i].dense_bias for i in indices]
     return _DenseHeads(
-        hook_point,
-        torch.tensor(indices, device=device),
-        torch.from_numpy(weight).to(device),
-        torch.from_numpy(bias).to(device),
+        hook_point, torch.from_numpy(weight).to(device), torch.from_numpy(bias).to(device)
     )
+
+
+def side_by_side(
+    latent_acts: Sequence[Float[Tensor, "n_tokens _"]], nothing: Float[Tensor, "n_tokens 0"]
+) -> Float[Tensor, "n_tokens n_latents"]:
+    """The columns of several SAEs as one tensor: the only one as it is, `nothing` for none."""
+    if len(latent_acts) == 1:
+        return latent_acts[0]
+    return torch.cat([*latent_acts, nothing], dim=-1)
+
+
+def heads_digest(heads: ClusterHeads) -> str:
+    """What token logits depend on beside model and SAEs, as a calibration is bound to it.
+
+    sha256 over latents with weights and scales, dense heads and fusion, cluster by cluster.
+    Titles and labels are left out: no score depends on them.
+    """
+    digest = hashlib.sha256()
+    for c in heads.clusters:
+        said = {
+            "id": c.id,
+            "latents": [[t.sae, t.latent_id, t.weight, t.scale] for t in c.latents],
+            "transform": c.transform,
+            "dense": None if c.dense_weight is None else [c.dense_hook_point, c.dense_bias],
+            "fusion": [c.fusion_sae, c.fusion_dense, c.fusion_bias],
+        }
+        digest.update(json.dumps(said, sort_keys=True).encode() + b"\n")
+        if c.dense_weight is not None:
+            digest.update(np.ascontiguousarray(c.dense_weight, "<f4").tobytes())
+    return digest.hexdigest()

@@ -2,7 +2,8 @@
 
 A block's name is a hash of a key, of all tokens before it and of its own: equal names mean that
 model, SAEs and heads (the key's part) and the whole context are equal, and so are the rows. Rows
-are copied in and out, which leaves streams their plain buffers; knows no budget.
+are copied in and out of streams with buffers of their own, and held in pages otherwise; knows no
+budget.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from sae_core.language_model.packed import KVRows
+from sae_core.language_model.packed import TokenRows
 from sae_core.scorer import SegmentScores
 
 BLOCK_TOKENS = 32
@@ -34,7 +35,7 @@ def extend_chain(chain: list[bytes], key: bytes, token_ids: Sequence[int]) -> No
 class Block:
     """What the tokens of one block left behind."""
 
-    rows: KVRows
+    rows: TokenRows
     scores: SegmentScores
     last_use: int
 
@@ -85,11 +86,10 @@ class PrefixBlocks:
         block = next(iter(self._blocks.values()), None)
         return float("inf") if block is None else float(block.last_use)
 
-    def drop_oldest(self) -> int:
-        """Forgets that block; returns the bytes that it had."""
+    def drop_oldest(self) -> None:
+        """Forgets that block."""
         _, block = self._blocks.popitem(last=False)
         self.n_bytes -= block.n_bytes
-        return block.n_bytes
 
 
 class ScoreTail:

@@ -5,7 +5,7 @@ them. What was dropped is recomputed from the tokens when the stream is next use
 tokens, so that a caller notices nothing but the time. Blocks outlive their streams: whoever reads
 the same tokens from the start takes their rows and scores over without a forward pass.
 
-Knows no queue and no clock. `begin`, `take`, `end` and `settle`, and everything of a
+Knows no queue and no clock. `begin`, `take`, `end`, `settle` and `drop_idle`, and everything of a
 `Continuation`, are called by one thread, which also runs the steps; the rest by any.
 """
 
@@ -23,7 +23,8 @@ from jaxtyping import Float32
 
 from sae_core.activation_source import GivenActivations, GivenRows
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import KVStream
+from sae_core.language_model.packed import TokenStream
+from sae_core.language_model.pages import PageCounts, PagePool
 from sae_core.prefix_blocks import BLOCK_TOKENS, Block, PrefixBlocks, ScoreTail, extend_chain
 from sae_core.scorer import SegmentScores
 
@@ -48,14 +49,19 @@ class CacheCounts:
     """Blocks that were dropped for the budget."""
     reused_tokens: int
     """Tokens that did not go through the model, as a block had them."""
+    pages: PageCounts | None = None
+    """None where every stream has buffers of its own. Memory of shared pages counts as the
+    blocks', each page once."""
 
 
 class ScoredStream:
     """One stream: the tokens that were scored, and what there still is of their keys and values."""
 
-    def __init__(self, kv: KVStream) -> None:
+    def __init__(self, kv: TokenStream, *, reuses: bool = True) -> None:
         self.kv = kv
         """Rows for the first tokens, maybe for none; the stepping thread's."""
+        self.reuses = reuses
+        """Whether it takes known blocks over and leaves its own behind."""
         self.token_ids: list[int] = []
         """Grows with every step; the caller's while it waits for no score."""
         self.chain: list[bytes] = []
@@ -212,7 +218,7 @@ class ScoreCache:
 
     def __init__(
         self,
-        open_kv: Callable[[], KVStream],
+        open_kv: Callable[[], TokenStream],
         max_bytes: int,
         *,
         key: bytes | None = None,
@@ -225,6 +231,7 @@ class ScoreCache:
         self._lock = Lock()
         self._open: weakref.WeakSet[ScoredStream] = weakref.WeakSet()
         self._begun: dict[ScoredStream, int] = {}
+        self._pool: PagePool | None = None
         self._row_bytes = 0
         self._clock = 1
         self._evicted_for_memory = 0
@@ -233,10 +240,11 @@ class ScoreCache:
         self._prefix_evictions = 0
         self._reused_tokens = 0
 
-    def open_stream(self) -> ScoredStream:
+    def open_stream(self, *, reuses: bool = True) -> ScoredStream:
         """A stream without tokens; its memory goes with `close`, or with the object."""
-        stream = ScoredStream(self._open_kv())
+        stream = ScoredStream(self._open_kv(), reuses=reuses)
         with self._lock:
+            self._pool = stream.kv.pool
             self._open.add(stream)
         return stream
 
@@ -264,7 +272,7 @@ class ScoreCache:
         with self._lock:
             self._begun[stream] = (stream.length + len(token_ids)) * self._row_bytes
         continuation = Continuation(stream, token_ids)
-        if self._key is not None:
+        if self._key is not None and stream.reuses:
             chain = stream.chain
             del chain[stream.length // BLOCK_TOKENS :]
             named = len(chain) * BLOCK_TOKENS
@@ -278,9 +286,9 @@ class ScoreCache:
     def take(self, continuation: Continuation, segment: Segment, scores: SegmentScores) -> None:
         """Gives a continuation what a step made of its segment, and keeps the blocks now whole."""
         continuation.take(segment, scores)
-        if self._key is None:
-            return
         stream = continuation.stream
+        if self._key is None or not stream.reuses:
+            return
         stream.tail.append(stream.kv.length - len(segment.token_ids), scores)
         n_whole = stream.kv.length // BLOCK_TOKENS
         for index in range(stream.tail.start // BLOCK_TOKENS, n_whole):
@@ -305,6 +313,7 @@ class ScoreCache:
             del self._begun[stream]
             self._recomputed_tokens += continuation.n_recomputed
             self._reused_tokens += continuation.n_reused
+            stream.n_bytes = stream.kv.cache_bytes  # a step that failed has taken some too
             if stream.closed:
                 self._release(stream)
 
@@ -316,35 +325,52 @@ class ScoreCache:
                 stream.n_bytes = stream.kv.cache_bytes
                 self._row_bytes = stream.kv.row_bytes or self._row_bytes
             self._clock += 1
-            held = sum(stream.n_bytes for stream in self._open) + self._blocks.n_bytes
-            if held <= self.max_bytes:
-                return
-            idle = [s for s in self._open if s.n_bytes and s not in self._begun]
-            idle.sort(key=lambda s: s.last_use, reverse=True)
-            while held > self.max_bytes and (idle or len(self._blocks)):
-                # At a tie the stream goes: its blocks bring it back, and others too.
-                if idle and idle[-1].last_use <= self._blocks.oldest_use():
-                    held -= idle[-1].n_bytes
-                    self._release(idle.pop())
-                    self._evicted_for_memory += 1
-                else:
-                    held -= self._blocks.drop_oldest()
-                    self._prefix_evictions += 1
+            self._evict(self.max_bytes)
+
+    def drop_idle(self) -> None:
+        """Gives back all that can be recomputed: the memory is needed for a step."""
+        with self._lock:
+            self._evict(0)
+
+    def _evict(self, max_bytes: int) -> None:
+        streams = sum(stream.n_bytes for stream in self._open)
+        if self._held(streams) <= max_bytes:
+            return
+        idle = [s for s in self._open if s.n_bytes and s not in self._begun]
+        idle.sort(key=lambda s: s.last_use, reverse=True)
+        while self._held(streams) > max_bytes and (idle or len(self._blocks)):
+            # At a tie the stream goes: its blocks bring it back, and others too.
+            if idle and idle[-1].last_use <= self._blocks.oldest_use():
+                streams -= idle[-1].n_bytes
+                self._release(idle.pop())
+                self._evicted_for_memory += 1
+            else:
+                self._blocks.drop_oldest()
+                self._prefix_evictions += 1
 
     def counts(self) -> CacheCounts:
         """For metrics."""
         with self._lock:
+            pool = self._pool
+            streams = sum(stream.n_bytes for stream in self._open)
+            shared = 0 if pool is None else pool.shared_bytes
             return CacheCounts(
                 sessions=len(self._open),
-                session_bytes=sum(stream.n_bytes for stream in self._open),
+                session_bytes=self._held(streams) - self._blocks.n_bytes - shared,
                 evicted_for_memory=self._evicted_for_memory,
                 evicted_at_close=self._evicted_at_close,
                 recomputed_tokens=self._recomputed_tokens,
                 prefix_blocks=len(self._blocks),
-                prefix_bytes=self._blocks.n_bytes,
+                prefix_bytes=self._blocks.n_bytes + shared,
                 prefix_evictions=self._prefix_evictions,
                 reused_tokens=self._reused_tokens,
+                pages=None if pool is None else pool.counts(),
             )
+
+    def _held(self, stream_bytes: int) -> int:
+        """Memory of streams and blocks; pages that several of them hold count once."""
+        held = stream_bytes if self._pool is None else self._pool.n_bytes
+        return held + self._blocks.n_bytes
 
     @staticmethod
     def _release(stream: ScoredStream) -> None:

@@ -1,8 +1,8 @@
 """Tokens in, token logits out: language model, SAEs and heads as one step.
 
 Knows no requests, thresholds or time limits: those are the service's. A step is a function of its
-parts alone; what a stream remembers is its `KVStream`. Activations that are given are scored by the
-same code as those of our own forward pass.
+parts alone; what a stream remembers is its `TokenStream`. Activations that are given are scored by
+the same code as those of our own forward pass.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from torch import Tensor
 from sae_core.activation_source import GivenRows, Part
 from sae_core.encoder import Encoder
 from sae_core.errors import HeadError, HookPointError, ScorerError, ShapeError
-from sae_core.heads import ClusterHeads
-from sae_core.hook_points import HookPoint
+from sae_core.heads import ClusterHeads, side_by_side
+from sae_core.hook_points import HookPoint, n_layers_needed
 from sae_core.language_model.families import uses_layer_norm
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.packed import KVStream
+from sae_core.language_model.packed import TokenStream
 from sae_core.language_model.processing import DEFAULT_PROCESSING, ProcessedShift
 from sae_core.language_model.tokenizer import Tokenizer
+from sae_core.live_fit import LiveFit
 from sae_core.sae import SAE
+from sae_core.vitals import FitSums
 
 
 class SegmentScores(NamedTuple):
@@ -45,9 +47,18 @@ class StepScores(NamedTuple):
     forward_seconds: float
     encode_seconds: float
     """SAE encoding, heads, and the copy to host memory."""
+    fits: Mapping[int, Mapping[str, FitSums]] = {}
+    """By the part's index, of those that were to be measured; then by SAE."""
 
 
-class _Reading(NamedTuple):
+class Forward(NamedTuple):
+    """What a forward pass gave of all its tokens, and their scores where it made them too."""
+
+    resid: Mapping[HookPoint, Float[Tensor, "n _"]]
+    scores: SegmentScores | None = None
+
+
+class Reading(NamedTuple):
     """How one SAE's registered latents are read."""
 
     hook_point: HookPoint
@@ -106,7 +117,7 @@ class Scorer:
         if set(saes) != set(heads.sae_ids):
             found, expected = sorted(saes), sorted(heads.sae_ids)
             raise HeadError(f"SAEs given are {found}, the heads were built for {expected}")
-        device, widths = language_model.config.device, language_model.widths
+        devices, widths = language_model.devices, language_model.widths
         read = {f"SAE {sae_id!r}": str(hook_point) for sae_id, (hook_point, _) in saes.items()}
         read |= {
             f"dense head of cluster {c.id!r}": c.dense_hook_point
@@ -128,24 +139,35 @@ class Scorer:
         heads.check_fit(d_sae, {str(hook_point): n for hook_point, n in widths.items()})
         self.language_model = language_model
         self.tokenizer = tokenizer
-        self.heads = heads.to(device)
-        self._readings = {
-            sae_id: _Reading(
+        # Where the forward pass ends: what is read before is narrow, or read by a dense head.
+        deepest = max(devices, key=lambda hook_point: n_layers_needed([hook_point]))
+        self.heads = heads.to(devices[deepest])
+        self.readings: Mapping[str, Reading] = {
+            sae_id: Reading(
                 hook_point=saes[sae_id][0],
                 shift=reading_shift(language_model, *saes[sae_id]),
-                encode=saes[sae_id][1].slice(heads.latent_ids[sae_id]).to(device),
+                encode=saes[sae_id][1].slice(heads.latent_ids[sae_id]).to(devices[saes[sae_id][0]]),
             )
             for sae_id in heads.sae_ids
         }
+        self.live_fit = LiveFit(
+            {
+                sae: (read.hook_point, read.shift, saes[sae][1])
+                for sae, read in self.readings.items()
+            }
+        )
 
-    def open_stream(self) -> KVStream:
+    def open_stream(self) -> TokenStream:
         """A stream without tokens, for segments of this scorer."""
         return self.language_model.open_stream()
 
-    def step(self, parts: Sequence[Part]) -> StepScores:
+    def step(self, parts: Sequence[Part], measured: Sequence[int] = ()) -> StepScores:
         """Scores every part's tokens; those of segments become part of their streams.
 
         When anything is raised no stream has grown.
+
+        Args:
+            measured: indices of the parts on which the whole SAEs are run too.
 
         Raises:
             TokenError: As `LanguageModel.step`.
@@ -160,20 +182,23 @@ class Scorer:
         began = perf_counter()
         batches: list[_Batch] = []
         if own:
-            resid = self.language_model.step([segment for _, segment in own])
-            batches.append(_Batch(resid, [piece for piece, _ in own]))
+            forward = self._forward([segment for _, segment in own])
+            batches.append(_Batch(forward.resid, [piece for piece, _ in own], forward.scores))
         try:
             for batch in batches:
                 batch.check_finite()  # waits for the device: the forward pass ends here
             forward_ended = perf_counter()
             for piece, part in zip(pieces, parts, strict=True):
                 if isinstance(part, GivenRows):
-                    given = _Batch(part.tensors(self.language_model.config.device), [piece])
+                    given = _Batch(part.tensors(self.language_model.devices), [piece])
                     given.check_finite()
                     batches.append(given)
             scores: dict[int, SegmentScores] = {}
+            fits: dict[int, Mapping[str, FitSums]] = {}
             for batch in batches:
                 scores |= self._score(batch)
+                if measured:
+                    fits |= self._fits(batch, measured)
         except ScorerError:
             for stream, length in lengths.values():
                 stream.truncate(length)
@@ -182,6 +207,7 @@ class Scorer:
             tuple(scores[index] for index in range(len(parts))),
             forward_ended - began,
             perf_counter() - forward_ended,
+            fits,
         )
 
     def score_resid(
@@ -192,26 +218,50 @@ class Scorer:
         Needs every hook point that an SAE or a dense head reads.
         """
         with torch.inference_mode():
-            latent_acts = {sae_id: read(resid) for sae_id, read in self._readings.items()}
-            logits = self.heads({str(h): tensor for h, tensor in resid.items()}, latent_acts)
+            latent_acts = {sae_id: read(resid) for sae_id, read in self.readings.items()}
+            device, dense = self.heads.device, self.heads.hook_points
+            latent_acts = {sae_id: acts.to(device) for sae_id, acts in latent_acts.items()}
+            read = {str(h): t.to(device) if str(h) in dense else t for h, t in resid.items()}
+            logits = self.heads(read, latent_acts)
             stacked = torch.stack((logits.fused, logits.dense, logits.sae), dim=-1)
-            acts = torch.cat([*latent_acts.values(), stacked.new_empty(len(stacked), 0)], dim=-1)
+            acts = side_by_side(
+                [acts.float() for acts in latent_acts.values()],
+                stacked.new_empty(len(stacked), 0),
+            )
         return stacked.cpu().numpy(), acts.cpu().numpy()
 
+    def _forward(self, segments: Sequence[Segment]) -> Forward:
+        """Our own forward pass; a subclass may have scores with it."""
+        return Forward(self.language_model.step(segments))
+
+    def _fits(self, batch: _Batch, measured: Sequence[int]) -> dict[int, Mapping[str, FitSums]]:
+        fits: dict[int, Mapping[str, FitSums]] = {}
+        start = 0
+        for piece in batch.pieces:
+            if piece.number in measured:
+                rows = slice(start, start + piece.n_tokens)
+                mine = {hook_point: acts[rows] for hook_point, acts in batch.resid.items()}
+                fits[piece.number] = self.live_fit(mine, piece.start)
+            start += piece.n_tokens
+        return fits
+
     def _score(self, batch: _Batch) -> dict[int, SegmentScores]:
-        logits, latent_acts = self.score_resid(batch.resid)
-        bad = np.argwhere(~np.isfinite(logits))
-        if len(bad):
-            row, column = int(bad[0][0]), int(bad[0][1])
+        logits, latent_acts = batch.scores or self.score_resid(batch.resid)
+        finite = np.isfinite(logits)
+        if not finite.all():
+            row, column = (int(i) for i in np.argwhere(~finite)[0][:2])
             cluster = self.heads.clusters[column].id
             raise ScorerError(
                 f"{batch.place(row)}: logits of cluster {cluster!r} are "
                 f"{logits[row, column].tolist()}, expected finite"
             )
         scores: dict[int, SegmentScores] = {}
+        if len(batch.pieces) == 1:
+            return {batch.pieces[0].number: SegmentScores(logits, latent_acts)}
         start = 0
         for piece in batch.pieces:
             rows = slice(start, start + piece.n_tokens)
+            # Copied, as one that is kept would hold the whole step's memory.
             scores[piece.number] = SegmentScores(logits[rows].copy(), latent_acts[rows].copy())
             start = rows.stop
         return scores
@@ -232,10 +282,14 @@ class _Batch(NamedTuple):
 
     resid: Mapping[HookPoint, Float[Tensor, "n _"]]
     pieces: Sequence[_Piece]
+    scores: SegmentScores | None = None
+    """Where the forward pass made them."""
 
     def check_finite(self) -> None:
         """Raises ScorerError at the first row that holds NaN or infinity."""
         for hook_point, tensor in self.resid.items():
+            if bool(torch.isfinite(tensor.sum(dtype=torch.float32))):
+                continue  # what is not finite always shows in a sum; finite rows may overflow it
             finite = torch.isfinite(tensor).all(dim=-1)
             if not bool(finite.all()):
                 row = int((~finite).nonzero()[0])

@@ -7,7 +7,13 @@ families   a table: where each architecture keeps its parts
 sites      a hook point -> the module that carries it
 processing Hugging Face's activations -> those of a processed TransformerLens model
 encoders   T5 and ViT: one plain forward pass, residual streams only
+device_map one model's blocks on several devices of this process
+tensor_parallel  which parts of a model each of several processes holds, by transformers' plan
+ranks      those processes: one plans each step, all run it, and what happens when one dies
+mirrored   a stream of the first process, and its like in the others
 packed     attention over a ragged batch, each stream against its own keys and values
 tokenizer  text and conversations -> token ids with roles
+text_tokens  the same of a text that grows, at the cost of what is new
+freed_memory  what loading freed, given back to the operating system
 gguf       a GGUF file -> a checked model folder in bfloat16
 """

@@ -21,6 +21,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from sae_core.errors import ModelLoadError
+from sae_core.language_model.device_map import DeviceMap
+from sae_core.language_model.tensor_parallel import Shard, shard_of
 
 _PREFIXES = (
     "",
@@ -33,13 +35,17 @@ _PREFIXES = (
 )
 """Where checkpoints keep the base model: alone, under a head, or beside a vision tower."""
 
+_MAPPED_BYTES = 64 * 2**20
+"""How much of a file is read before it is let go of."""
+
 
 def fill(
-    module: nn.Module, model_type: str, folder: Path, *, device: torch.device, dtype: torch.dtype
+    module: nn.Module, model_type: str, folder: Path, *, places: DeviceMap, dtype: torch.dtype
 ) -> None:
     """Sets every parameter and persistent buffer of `module` from the folder's safetensors.
 
-    Raises ModelLoadError where one is missing, misshapen or cannot be read.
+    Of a parameter that is split over ranks only this rank's part is read. Raises ModelLoadError
+    where one is missing, misshapen or cannot be read.
     """
     files = _tensor_files(folder)
     wanted = module.state_dict()
@@ -58,16 +64,17 @@ def fill(
     tensors: dict[str, Tensor] = {}
     with _Reader(files) as reader:
         for name, expected in wanted.items():
-            source = sources[name]
+            source, shard = sources[name], shard_of(expected)
             path = files[prefix + source.names[0]]
-            parts = {
-                pattern: [
-                    # A copy even when nothing changes: the file may be replaced while we run.
-                    reader.read(prefix + stored_name).to(device=device, dtype=dtype, copy=True)
-                    for stored_name in stored_names
+            if source.converter is None:
+                _check_shape(reader.shape(prefix + source.names[0]), expected, path, prefix + name)
+            parts: dict[str, list[Tensor]] = {}
+            for pattern, stored_names in source.parts.items():
+                read = [
+                    reader.read(prefix + stored_name, shard, index, places.device(name), dtype)
+                    for index, stored_name in enumerate(stored_names)
                 ]
-                for pattern, stored_names in source.parts.items()
-            }
+                parts[pattern] = [part for part in read if part is not None]
             try:
                 tensor = source.join(parts)
             except torch.OutOfMemoryError:
@@ -77,14 +84,18 @@ def fill(
                     f"{path}: the {len(source.names)} parts of {prefix + name} "
                     f"do not fit together ({one_line(error)})"
                 ) from error
-            if tensor.shape != expected.shape:
-                raise ModelLoadError(
-                    f"{path}: {prefix + name} has shape {list(tensor.shape)}, "
-                    f"config.json expects {list(expected.shape)}"
-                )
-            tensors[name] = tensor
+            part = expected if shard is None else shard.part
+            _check_shape(tensor.shape, part, path, prefix + name)
+            tensors[name] = tensor if shard is None else shard.whole(tensor)
     module.load_state_dict(tensors, strict=True, assign=True)
-    module.to(device)
+    places.place(module)
+
+
+def _check_shape(found: torch.Size, expected: Tensor, path: Path, name: str) -> None:
+    if found != expected.shape:
+        raise ModelLoadError(
+            f"{path}: {name} has shape {list(found)}, config.json expects {list(expected.shape)}"
+        )
 
 
 class _Source:
@@ -142,11 +153,16 @@ def _by_number(name: str) -> list[tuple[int, str]]:
 
 
 class _Reader:
-    """Open safetensors files, each opened once."""
+    """Open safetensors files.
+
+    Each is mapped into memory, and what was read of it stays there: so it is opened anew after
+    every `_MAPPED_BYTES`, or the whole checkpoint would lie beside the weights.
+    """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         self._files = files
         self._open: dict[Path, Any] = {}
+        self._n_read: dict[Path, int] = {}
 
     def __enter__(self) -> _Reader:
         return self
@@ -154,13 +170,30 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self._open.clear()
 
-    def read(self, name: str) -> Tensor:
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor in the file."""
+        return torch.Size(self._file(name).get_slice(name).get_shape())
+
+    def read(
+        self, name: str, shard: Shard | None, index: int, device: torch.device, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The tensor, or what a shard needs of it; `index` is its place among its like."""
+        file = self._file(name)
+        whole = file.get_tensor(name) if shard is None else None
+        tensor = whole if shard is None else shard.read(file.get_slice(name), index)
+        # A copy even when nothing changes: the file may be replaced while we run.
+        found = None if tensor is None else tensor.to(device=device, dtype=dtype, copy=True)
+        path = self._files[name]
+        self._n_read[path] = self._n_read.get(path, 0) + (0 if tensor is None else tensor.nbytes)
+        if self._n_read[path] > _MAPPED_BYTES:
+            del self._open[path], self._n_read[path]
+        return found
+
+    def _file(self, name: str) -> Any:
         path = self._files[name]
         if path not in self._open:
             self._open[path] = _open(path)
-        tensor = self._open[path].get_tensor(name)
-        assert isinstance(tensor, Tensor)
-        return tensor
+        return self._open[path]
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:

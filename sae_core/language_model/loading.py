@@ -22,10 +22,15 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from sae_core.errors import HookPointError, ModelLoadError
 from sae_core.hook_points import HookPoint, n_layers_needed
 from sae_core.language_model.checkpoint import fill, one_line
+from sae_core.language_model.device_map import DeviceMap
 from sae_core.language_model.families import FAMILIES, SUPPORTED_MODEL_TYPES
+from sae_core.language_model.freed_memory import give_back_freed_memory
+from sae_core.language_model.mirrored import Peers
 from sae_core.language_model.model import LanguageModel, LanguageModelConfig
 from sae_core.language_model.packed import register_packed_attention
+from sae_core.language_model.products import Products, choose_products
 from sae_core.language_model.sites import locate
+from sae_core.language_model.tensor_parallel import check_whole, split, split_plan
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings that depend on a token's own position only. Others (dynamic, longrope) depend
@@ -36,16 +41,21 @@ def load_language_model(
     folder: str | Path,
     hook_points: Iterable[HookPoint],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Sequence[torch.device] = "cpu",
     dtype: torch.dtype = torch.float32,
+    products: Products = "auto",
+    peers: Peers | None = None,
 ) -> LanguageModel:
     """Loads what is needed of the model in `folder` to read `hook_points`.
 
     Args:
         folder: config.json beside model.safetensors, or beside shards and their index.
         hook_points: At least one; they decide how many layers are loaded.
-        device: Where weights, keys and values live.
+        device: Where weights, keys and values live; several, for the blocks to be spread over
+            (see `device_map`).
         dtype: Of weights and activations, whatever the checkpoint's.
+        products: The library that multiplies matrices on the CPU; see `products`.
+        peers: Where every rank holds a part only (see `ranks`), this one's link to the others.
 
     Raises:
         ModelLoadError: The folder is missing, damaged, incomplete or of an unsupported family.
@@ -71,7 +81,18 @@ def load_language_model(
         ) from error
     for hook_point in wanted:
         locate(module, hook_point)
-    fill(module, config.model_type, folder, device=torch.device(device), dtype=dtype)
+    if peers is not None:
+        plan = split_plan(module, peers.n_ranks)
+        check_whole(module, plan, wanted)
+        split(module, plan, peers.join())
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else list(device)
+    places = DeviceMap(module, config.model_type, devices)
+    fill(module, config.model_type, folder, places=places, dtype=dtype)
+    if peers is not None:
+        peers.wait_until_loaded()
+    library = "torch"
+    if peers is None and {d.type for d in devices} == {"cpu"}:
+        library = choose_products(module, products)
     facts = LanguageModelConfig(
         model_type=config.model_type,
         d_model=config.hidden_size,
@@ -81,8 +102,11 @@ def load_language_model(
         max_positions=config.max_position_embeddings,
         folder=folder,
         dtype=dtype,
-        device=torch.device(device),
+        devices=tuple(devices),
+        n_ranks=1 if peers is None else peers.n_ranks,
+        products=library,
     )
+    give_back_freed_memory()
     return LanguageModel(module, facts, wanted)
 
 

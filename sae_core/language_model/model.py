@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint, ModulePath
-from sae_core.language_model.packed import KVStream, PackedPlan, Span
+from sae_core.language_model.mirrored import Leader
+from sae_core.language_model.packed import KVStream, PackedPlan, Span, TokenStream
+from sae_core.language_model.paged import PagedPlan, PagedStream
+from sae_core.language_model.pages import PagePool, pool_for
 from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
-from sae_core.language_model.sites import canonical, locate
+from sae_core.language_model.sites import HookSite, canonical, locate
+from sae_core.language_model.varlen import Kernel, installed_kernel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,14 +44,24 @@ class LanguageModelConfig:
     """Tokens that one stream may hold."""
     folder: Path
     dtype: torch.dtype
-    device: torch.device
+    devices: tuple[torch.device, ...]
+    """Where the blocks are, in order; token ids go in at the first."""
+    n_ranks: int = 1
+    """Processes of which each holds a part of every block."""
+    products: str = "torch"
+    """The library that multiplies matrices: torch (with what it calls by itself) or onednn."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.devices[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """New tokens of one stream, to follow what the stream already holds."""
 
-    stream: KVStream
+    stream: TokenStream
     token_ids: Sequence[int]
 
 
@@ -58,13 +72,36 @@ class LanguageModel:
         self, module: nn.Module, config: LanguageModelConfig, hook_points: Sequence[HookPoint]
     ) -> None:
         self.config = config
+        self._leader: Leader | None = None
         self.hook_points: tuple[HookPoint, ...] = tuple(dict.fromkeys(hook_points))
         self._module = module
         self._sites = {hook_point: locate(module, hook_point) for hook_point in self.hook_points}
+        is_whole = len(config.devices) == config.n_ranks == 1
+        self.pool: PagePool | None = pool_for(config.device, config.dtype) if is_whole else None
+        """Where streams keep their keys and values; None where each has buffers of its own."""
+        self.kernel: Kernel | None = installed_kernel()
+        """What attends over pages where it can."""
         self._lock = Lock()  # hooks are installed for the length of a step
-        self.widths: Mapping[HookPoint, int] = self._measure_widths()
+        first_pass = self._measure()
+        self.widths: Mapping[HookPoint, int] = {
+            h: first_pass[h].shape[-1] for h in self.hook_points
+        }
         """Entries of one token's activations at every hook point: d_model, but for hook_z,
         mlp.hook_post and some module paths. Measured on a first pass, not taken from the config."""
+        self.devices: Mapping[HookPoint, torch.device] = {
+            h: first_pass[h].device for h in self.hook_points
+        }
+        """Where the activations at every hook point are."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The Hugging Face module, cut; for what traces it rather than runs it."""
+        return self._module
+
+    @property
+    def sites(self) -> Mapping[HookPoint, HookSite]:
+        """Where each hook point is read."""
+        return self._sites
 
     def can_read(self, hook_point: HookPoint) -> bool:
         """Whether the whole model has such a place, loaded or not."""
@@ -80,9 +117,25 @@ class LanguageModel:
             return False
         return True
 
-    def open_stream(self) -> KVStream:
+    def lead(self, leader: Leader) -> None:
+        """From now on every step and stream is told to the other ranks; see `ranks`."""
+        self._leader = leader
+
+    def open_stream(self) -> TokenStream:
         """A stream with no tokens, for use with this model only."""
-        return KVStream(self.config.n_layers)
+        if self._leader is not None:
+            return self._leader.open_stream(self.config.n_layers)
+        return KVStream(self.config.n_layers) if self.pool is None else PagedStream(self.pool)
+
+    @property
+    def failure(self) -> str:
+        """Why no step can succeed any more; empty while they can."""
+        return "" if self._leader is None else self._leader.failure
+
+    def close(self) -> None:
+        """Ends the other ranks, where there are any; no step can follow."""
+        if self._leader is not None:
+            self._leader.close()
 
     def canonical(self, hook_point: HookPoint) -> HookPoint:
         """The named site that a module path means here; see `sites.canonical`."""
@@ -104,14 +157,19 @@ class LanguageModel:
         Raises:
             TokenError: A token id outside the vocabulary, or a stream longer than the model's
                 positions; names segment and position, and nothing has run.
+            RankError: Another rank of a tensor-parallel model is gone; no step will succeed.
         """
         plan, token_ids, positions = self._plan(segments)
         if not token_ids:
-            device, dtype = self.config.device, self.config.dtype
             return {
-                h: torch.empty(0, w, dtype=dtype, device=device) for h, w in self.widths.items()
+                h: torch.empty(0, w, dtype=self.config.dtype, device=self.devices[h])
+                for h, w in self.widths.items()
             }
-        captured = self._run(plan, token_ids, positions)
+        if self._leader is None:
+            captured = self.run(plan, token_ids, positions)
+        else:
+            with self._leader.step(plan, token_ids, positions):
+                captured = self.run(plan, token_ids, positions)
         # A clone made outside inference mode is an ordinary tensor, which autograd accepts.
         # Some modules see rows without a batch axis, such as OPT's MLP.
         acts = {h: captured[h].reshape(len(token_ids), -1).clone() for h in self.hook_points}
@@ -119,10 +177,13 @@ class LanguageModel:
             span.stream.advance(span.stop - span.start)
         return acts
 
-    def _run(
+    def run(
         self, plan: PackedPlan, token_ids: list[int], positions: list[int]
     ) -> dict[HookPoint, Tensor]:
-        """One forward pass, up to the last hook point; what each one saw, in its own shape."""
+        """One forward pass, up to the last hook point; what each one saw, in its own shape.
+
+        The streams of the plan hold its rows then, and have not grown: `step` does that.
+        """
         device = self.config.device
         captured: dict[HookPoint, Tensor] = {}
         with (
@@ -139,11 +200,10 @@ class LanguageModel:
             )
         return captured
 
-    def _measure_widths(self) -> dict[HookPoint, int]:
+    def _measure(self) -> dict[HookPoint, Tensor]:
         """Reads two tokens of a stream of their own, and checks that a row is a token."""
         n = min(2, self.config.max_positions)
-        captured = self._run(*self._plan([Segment(self.open_stream(), [0] * n)]))
-        widths: dict[HookPoint, int] = {}
+        captured = self.run(*self._plan([Segment(self.open_stream(), [0] * n)]))
         for hook_point in self.hook_points:
             if hook_point not in captured:
                 raise HookPointError(f"hook point {hook_point}: its module did not run")
@@ -151,8 +211,7 @@ class LanguageModel:
             if acts.shape[:-1] not in ((1, n), (n,)):
                 found = f"activations of shape {list(acts.shape)} for {n} tokens"
                 raise HookPointError(f"hook point {hook_point}: {found}, expected one row a token")
-            widths[hook_point] = acts.shape[-1]
-        return widths
+        return captured
 
     def _plan(self, segments: Sequence[Segment]) -> tuple[PackedPlan, list[int], list[int]]:
         spans: list[Span] = []
@@ -181,7 +240,9 @@ class LanguageModel:
             spans.append(Span(stream, len(all_ids), len(all_ids) + len(token_ids), past))
             all_ids += token_ids
             positions += range(past, length)
-        return PackedPlan(tuple(spans)), all_ids, positions
+        if self.pool is None:
+            return PackedPlan(tuple(spans)), all_ids, positions
+        return PagedPlan(spans, self.pool, self.kernel), all_ids, positions
 
     @contextmanager
     def _capture(self, captured: dict[HookPoint, Tensor]) -> Iterator[None]:

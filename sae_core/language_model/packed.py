@@ -9,14 +9,20 @@ the call.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from sae_core.language_model.pages import PagePool
+from sae_core.language_model.span_workers import run_shares, shares_of
 
 PACKED_ATTENTION = "sae_monitor_packed"
 """The name under which a model's config asks for this attention."""
@@ -28,11 +34,92 @@ GO_BACK_TOKENS = 128
 """How far a stream can go back over a sliding window without being computed anew: far more than
 tokens change where a text grows, a quarter of Gemma 3's window."""
 
+WORTH_SHARING = 4
+"""Single tokens for each thread from which on they are shared among threads."""
+
 _FIRST_CAPACITY = 64
 
 
+class TokenRows(ABC):
+    """Some tokens' keys and values, whatever becomes of their stream."""
+
+    __slots__ = ()
+    n_tokens: int
+
+    @property
+    @abstractmethod
+    def n_bytes(self) -> int:
+        """Memory held by these rows alone."""
+
+
+class TokenStream(ABC):
+    """The keys and values of one token stream: in buffers of its own, or in pages of a pool.
+
+    Of a sliding-window layer it may drop what lies before the window, but for `GO_BACK_TOKENS`.
+    Belongs to one user at a time; rows at and beyond `length` mean nothing.
+    """
+
+    def __init__(self) -> None:
+        self._length = 0
+
+    @property
+    def pool(self) -> PagePool | None:
+        """Whose pages it shares with other streams; None where it has buffers of its own."""
+        return None
+
+    @property
+    def length(self) -> int:
+        """Tokens that later tokens can attend to; moves only when a whole step has succeeded."""
+        return self._length
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Memory held, unused capacity included."""
+
+    @property
+    @abstractmethod
+    def row_bytes(self) -> int:
+        """Memory of one token's keys and values in all layers; 0 before the first."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Forgets every token and gives the memory back."""
+
+    @abstractmethod
+    def copy_rows(self, start: int, stop: int) -> TokenRows:
+        """The rows of tokens `start` to `stop`, which lie within the last step or just before."""
+
+    @abstractmethod
+    def paste_rows(self, start: int, rows: Sequence[TokenRows]) -> None:
+        """Puts rows one after the other at `start`; the stream ends behind the last.
+
+        They are those of the tokens that the stream has read, or reads with them.
+        """
+
+    def truncate(self, n: int) -> None:
+        """Forgets all but the first `n` tokens.
+
+        Forgets every token where a window before `n` has been dropped: `length` says which.
+        """
+        if not 0 <= n <= self._length:
+            raise ValueError(f"truncate: found {n}, expected 0 to the length {self._length}")
+        if self._truncate(n):
+            self._length = n
+        else:
+            self.release()
+
+    def advance(self, n: int) -> None:
+        """Makes `n` more written tokens part of the stream; called when a step has succeeded."""
+        self._length += n
+
+    @abstractmethod
+    def _truncate(self, n: int) -> bool:
+        """Whether the window before `n` is still there; lets go of what is not needed."""
+
+
 @dataclass(frozen=True, slots=True)
-class KVRows:
+class KVRows(TokenRows):
     """A copy of some tokens' keys and values."""
 
     n_tokens: int
@@ -45,24 +132,18 @@ class KVRows:
         return sum(t.nbytes for pair in self.layers if pair is not None for t in pair)
 
 
-class KVStream:
+class KVStream(TokenStream):
     """The keys and values of one token stream, layer by layer, in buffers that grow.
 
-    Where a sliding-window layer's buffer is full it drops what lies before its window, but for
-    `GO_BACK_TOKENS`. Belongs to one user at a time; rows at and beyond `length` mean nothing.
+    Where a sliding-window layer's buffer is full it drops what lies before its window.
     """
 
     def __init__(self, n_layers: int) -> None:
+        super().__init__()
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
         self._windows: list[int | None] = [None] * n_layers
         self._starts = [0] * n_layers
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """Tokens that later tokens can attend to; moves only when a whole step has succeeded."""
-        return self._length
 
     @property
     def cache_bytes(self) -> int:
@@ -95,31 +176,41 @@ class KVStream:
         return KVRows(stop - start, tuple(layers))
 
     @torch.inference_mode()
-    def paste_rows(self, start: int, rows: Sequence[KVRows]) -> None:
-        """Puts copies of rows one after the other at `start`; the stream ends behind the last."""
-        for layer, pairs in enumerate(zip(*(part.layers for part in rows), strict=True)):
+    def paste_rows(self, start: int, rows: Sequence[TokenRows]) -> None:
+        """Copies rows one after the other to `start`; the stream ends behind the last."""
+        copies = [part for part in rows if isinstance(part, KVRows)]
+        assert len(copies) == len(rows), "rows of another kind of stream"
+        stop = start + sum(part.n_tokens for part in rows)
+        for layer, pairs in enumerate(zip(*(part.layers for part in copies), strict=True)):
             kept = [pair for pair in pairs if pair is not None]
-            if kept:
-                keys, values = (torch.cat(parts, dim=1) for parts in zip(*kept, strict=True))
-                self.write(layer, start, keys, values, self._windows[layer])
-        self._length = start + sum(part.n_tokens for part in rows)
+            if not kept:
+                continue
+            # Not joined first: glibc cannot use again what an aligned tensor of one size left.
+            keys, values = self._room(layer, start, stop, kept[0], self._windows[layer])
+            at = start - self._starts[layer]
+            for some_keys, some_values in kept:
+                place = slice(at, at + some_keys.shape[1])
+                keys[:, place], values[:, place] = some_keys, some_values
+                at = place.stop
+        self._length = stop
 
-    def truncate(self, n: int) -> None:
-        """Forgets all but the first `n` tokens; the memory is kept for the next ones.
+    def _truncate(self, n: int) -> bool:
+        return all(
+            window is None or first <= max(0, n - window + 1)
+            for window, first in zip(self._windows, self._starts, strict=True)
+        )
 
-        Forgets every token where a window before `n` has been dropped: `length` says which.
-        """
-        if not 0 <= n <= self._length:
-            raise ValueError(f"truncate: found {n}, expected 0 to the length {self._length}")
-        for window, first in zip(self._windows, self._starts, strict=True):
-            if window is not None and first > max(0, n - window + 1):
-                self.release()
-                return
-        self._length = n
-
-    def advance(self, n: int) -> None:
-        """Makes `n` more written tokens part of the stream; called when a step has succeeded."""
-        self._length += n
+    def read(
+        self, layer: int, start: int, stop: int
+    ) -> tuple[Float[Tensor, "n_kv_heads n head_dim"], Float[Tensor, "n_kv_heads n head_dim"]]:
+        """Views of one layer's rows from `start` to before `stop`, which lie within a window of
+        `length`."""
+        keys, values, first = self._keys[layer], self._values[layer], self._starts[layer]
+        assert keys is not None
+        assert values is not None
+        assert first <= start <= stop <= self._length, "rows that are not there"
+        rows = slice(start - first, stop - first)
+        return keys[:, rows], values[:, rows]
 
     def write(
         self,
@@ -138,7 +229,17 @@ class KVStream:
                 views may begin later than with the first token, but never within a window of
                 `length` or `start`.
         """
-        stop, first = start + keys.shape[1], self._starts[layer]
+        stop = start + keys.shape[1]
+        all_keys, all_values = self._room(layer, start, stop, (keys, values), window)
+        rows = slice(start - self._starts[layer], stop - self._starts[layer])
+        all_keys[:, rows], all_values[:, rows] = keys, values
+        return all_keys[:, : rows.stop], all_values[:, : rows.stop]
+
+    def _room(
+        self, layer: int, start: int, stop: int, like: tuple[Tensor, Tensor], window: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """One layer's buffers, with room for the rows from `start` to before `stop`."""
+        first = self._starts[layer]
         all_keys, all_values = self._keys[layer], self._values[layer]
         self._windows[layer] = window
         if all_keys is None or all_values is None or stop - first > all_keys.shape[1]:
@@ -150,13 +251,11 @@ class KVStream:
                 capacity = min(capacity, (window + GO_BACK_TOKENS) * 3 // 2)
             capacity = max(capacity, stop - oldest)
             rows = slice(oldest - first, start - first)
-            all_keys = _moved(all_keys, rows, capacity, keys)
-            all_values = _moved(all_values, rows, capacity, values)
+            all_keys = _moved(all_keys, rows, capacity, like[0])
+            all_values = _moved(all_values, rows, capacity, like[1])
             self._keys[layer], self._values[layer] = all_keys, all_values
-            self._starts[layer] = first = oldest
-        all_keys[:, start - first : stop - first] = keys
-        all_values[:, start - first : stop - first] = values
-        return all_keys[:, : stop - first], all_values[:, : stop - first]
+            self._starts[layer] = oldest
+        return all_keys, all_values
 
 
 def _moved(buffer: Tensor | None, rows: slice, capacity: int, like: Tensor) -> Tensor:
@@ -172,7 +271,7 @@ def _moved(buffer: Tensor | None, rows: slice, capacity: int, like: Tensor) -> T
 class Span:
     """Where one segment lies in the batch, and how much of its stream came before."""
 
-    stream: KVStream
+    stream: TokenStream
     start: int
     """First row of the batch."""
     stop: int
@@ -181,11 +280,72 @@ class Span:
     """Tokens of the stream before the first row: the first row's position."""
 
 
-@dataclass(frozen=True, slots=True)
+class Terms(NamedTuple):
+    """What a layer asks of attention beside causality."""
+
+    scaling: float
+    """Factor on query-key products."""
+    window: int | None
+    """A token sees itself and `window - 1` tokens before it; None for all."""
+    softcap: float | None
+    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
+
+
 class PackedPlan:
     """One step's layout, handed through the model's forward call to every attention layer."""
 
-    spans: tuple[Span, ...]
+    def __init__(self, spans: tuple[Span, ...]) -> None:
+        self.spans = spans
+        self._alone, self._shares = _shared_out(spans)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "n_heads total_tokens head_dim"],
+        key: Float[Tensor, "n_kv_heads total_tokens head_dim"],
+        value: Float[Tensor, "n_kv_heads total_tokens head_dim"],
+        terms: Terms,
+    ) -> Float[Tensor, "total_tokens n_heads head_dim"]:
+        """Writes new rows to their streams, and attends from each to what it sees."""
+        n_heads, total, head_dim = query.shape
+        n_kv_heads = len(key)
+        group = n_heads // n_kv_heads
+        grouped = query.view(n_kv_heads, group, total, head_dim)
+        mixed = query.new_empty(total, n_kv_heads, group, value.shape[-1])
+        by_head = mixed.permute(1, 2, 0, 3)
+
+        def attend(span: Span) -> None:
+            rows = slice(span.start, span.stop)
+            assert isinstance(span.stream, KVStream)
+            keys, values = span.stream.write(
+                layer, span.past, key[:, rows], value[:, rows], terms.window
+            )
+            past = keys.shape[1] - (span.stop - span.start)
+            by_head[:, :, rows] = attend_span(grouped[:, :, rows], keys, values, past, terms)
+
+        shares = self._shares if query.device.type == "cpu" else ()
+        for span in self._alone if shares else self.spans:
+            attend(span)
+        if shares:
+            run_shares(attend, shares)
+        return mixed.view(total, n_heads, -1)
+
+
+def _shared_out(
+    spans: Sequence[Span],
+) -> tuple[tuple[Span, ...], tuple[tuple[Span, ...], ...]]:
+    """The spans to go through one by one, and the single tokens of many streams, for threads.
+
+    Spans of one stream follow each other, so theirs are not among the second.
+    """
+    seen = Counter(id(span.stream) for span in spans)
+    singles = [s for s in spans if s.stop - s.start == 1 and seen[id(s.stream)] == 1]
+    threads = torch.get_num_threads()
+    if threads == 1 or len(singles) < WORTH_SHARING * threads:
+        return tuple(spans), ()
+    apart = set(singles)
+    rest = tuple(span for span in spans if span not in apart)
+    return rest, shares_of(singles, lambda span: span.past + 1)
 
 
 def register_packed_attention() -> str:
@@ -221,33 +381,19 @@ def packed_attention(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     if sliding_window is None:
         sliding_window = getattr(module, "sliding_window", None)
-    _, n_heads, total, head_dim = query.shape
-    n_kv_heads = key.shape[1]
-    group = n_heads // n_kv_heads
-    grouped = query.view(n_kv_heads, group, total, head_dim)
-    mixed = query.new_empty(total, n_kv_heads, group, value.shape[-1])
-    by_head = mixed.permute(1, 2, 0, 3)
-    for span in packed_plan.spans:
-        rows = slice(span.start, span.stop)
-        keys, values = span.stream.write(
-            layer, span.past, key[0, :, rows], value[0, :, rows], sliding_window
-        )
-        past = keys.shape[1] - (span.stop - span.start)
-        by_head[:, :, rows] = _attend(
-            grouped[:, :, rows], keys, values, past, scaling, sliding_window, softcap
-        )
-    return mixed.view(1, total, n_heads, -1), None
+    terms = Terms(scaling, sliding_window, softcap)
+    return packed_plan.attend(layer, query[0], key[0], value[0], terms)[None], None
 
 
-def _attend(
+def attend_span(
     query: Float[Tensor, "n_kv_heads group n head_dim"],
     keys: Float[Tensor, "n_kv_heads stop head_dim"],
     values: Float[Tensor, "n_kv_heads stop head_dim"],
     past: int,
-    scaling: float,
-    window: int | None,
-    softcap: float | None,
+    terms: Terms,
 ) -> Float[Tensor, "n_kv_heads group n head_dim"]:
+    """Causal attention of one stream's last `n` tokens, which have `past` rows before them."""
+    scaling, window, softcap = terms
     n, stop = query.shape[2], keys.shape[1]
     if n == 1:
         # One query row sees a plain range of keys: the group stands in for the query axis.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sae_core.errors import HookPointError
 from sae_core.hook_points import HookPoint, ModulePath, Site
@@ -115,7 +116,7 @@ def _value_bias(
     norm = block.get_submodule(family.attn_norm)
     weight, bias = projection.weight, getattr(projection, "bias", None)
     assert isinstance(weight, Tensor)
-    if not isinstance(projection, nn.Linear):
+    if isinstance(projection, Conv1D):
         weight = weight.T  # GPT-2 keeps [d_in, d_out]
     norm_bias = getattr(norm, "bias", None) if fold_ln else None
     if bias is None and norm_bias is None:

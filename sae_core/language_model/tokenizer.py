@@ -17,6 +17,8 @@ import tokenizers
 
 from sae_core.errors import TokenizerError
 from sae_core.language_model.chat import ChatTemplate, Message, read_chat_template, role_of_each
+from sae_core.language_model.freed_memory import give_back_freed_memory
+from sae_core.language_model.text_tokens import TextTokens, continued, split_rule
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _PENDING_TOKENS = 8
@@ -49,6 +51,7 @@ class Tokenizer:
         """What the tokenizer puts in front of a text; None when it puts nothing there, even
         where the model has a token of that name (GPT-2, GPT-NeoX)."""
         pieces = backend.get_vocab(with_added_tokens=True)
+        self._rule = split_rule(backend, pieces)
         self.vocab_size = max(pieces.values(), default=-1) + 1
         added = backend.get_added_tokens_decoder()
         self.special_ids: frozenset[int] = frozenset(i for i, t in added.items() if t.special)
@@ -66,6 +69,18 @@ class Tokenizer:
         """
         bos = [self.bos_id] if add_bos and self.bos_id is not None else []
         return bos + list(self._encode(text).ids)
+
+    def continued(self, before: TextTokens, text: str) -> TextTokens:
+        """The tokens of `text`, without BOS; those of the text it begins with are `before`.
+
+        The ids are those of `encode`, at a cost that does not grow with what came before where the
+        tokenizer allows it. Begin with `text_tokens.NOTHING`.
+
+        Raises:
+            TokenizerError: As `encode`.
+        """
+        _check_text(text[before.anchor :])
+        return continued(before, text, self._backend, self._rule)
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """What each token adds to the decoded text; joined, they are the decoded text.
@@ -126,13 +141,7 @@ class Tokenizer:
         return ChatTokens(ids=ids, roles=roles, special_positions=tuple(special))
 
     def _encode(self, text: str) -> tokenizers.Encoding:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"text: found half of a surrogate pair at character {error.start}, "
-                "expected text that UTF-8 can carry"
-            ) from error
+        _check_text(text)
         return self._backend.encode(text, add_special_tokens=False)
 
     def _decode(self, token_ids: list[int]) -> str:
@@ -161,9 +170,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         for name, token in ((n, config.get(n)) for n in ("bos_token", "eos_token", "pad_token"))
     }
     template = read_chat_template(folder, config, {n: t for n, t in names.items() if t})
-    return Tokenizer(
-        backend, bos_id=_bos_id(backend, config, names["bos_token"]), template=template
-    )
+    bos_id = _bos_id(backend, config, names["bos_token"])
+    tokenizer = Tokenizer(backend, bos_id=bos_id, template=template)
+    give_back_freed_memory()
+    return tokenizer
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(
+            f"text: found half of a surrogate pair at character {error.start}, "
+            "expected text that UTF-8 can carry"
+        ) from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:

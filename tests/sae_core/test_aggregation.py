@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_core.aggregation import AggregateSpec, AggregateState, Aggregator
+from sae_core.aggregation import AggregateKind, AggregateSpec, AggregateState, Aggregator
 from sae_core.errors import HeadError, ScorerError, ShapeError
 
 SPECS = st.builds(
-    AggregateSpec,
-    kind=st.sampled_from(["max_rolling_mean", "max", "mean", "ema"]),
+    lambda k, window, **rest: AggregateSpec(k=min(k, window), window=window, **rest),
+    kind=st.sampled_from(get_args(AggregateKind)),
     window=st.integers(1, 9),
+    k=st.integers(1, 5),
     alpha=st.floats(0.01, 1.0),
     min_evidence_tokens=st.integers(0, 5),
     evidence_floor=st.floats(-2.0, 2.0),
@@ -31,9 +33,15 @@ def values_of(spec: AggregateSpec, logits: Sequence[float]) -> list[float]:
             values.append(x)
         elif spec.kind == "mean":
             values.append(math.fsum(logits[: t + 1]) / (t + 1))
-        elif spec.kind == "max_rolling_mean":
+        elif spec.kind in ("max_rolling_mean", "max_window_mean"):
             last = logits[max(0, t + 1 - spec.window) : t + 1]
             values.append(math.fsum(last) / len(last))
+        elif spec.kind == "top_k_mean":
+            top = sorted(logits[: t + 1])[-spec.k :]
+            values.append(math.fsum(top) / len(top))
+        elif spec.kind == "k_of_window":
+            last = sorted(logits[max(0, t + 1 - spec.window) : t + 1])
+            values.append(last[-min(spec.k, len(last))])
         else:
             values.append(x if t == 0 else (1 - spec.alpha) * values[-1] + spec.alpha * x)
     return values
@@ -42,11 +50,14 @@ def values_of(spec: AggregateSpec, logits: Sequence[float]) -> list[float]:
 def running_of(spec: AggregateSpec, fused: Sequence[float], source: Sequence[float]) -> list[float]:
     """The running score of one source; gated where `source` is `fused`."""
     best, running, evidence = -math.inf, [], 0
+    least = spec.window if spec.kind == "max_window_mean" else 1
     for t, value in enumerate(values_of(spec, source)):
         evidence += fused[t] > spec.evidence_floor
         if source is fused and evidence < spec.min_evidence_tokens:
             value = min(value, spec.evidence_floor)
-        best = value if spec.kind == "mean" else max(best, value)
+        if t + 1 < least:
+            value = -math.inf
+        best = value if spec.kind in ("mean", "top_k_mean") else max(best, value)
         running.append(best)
     return running
 
@@ -73,7 +84,11 @@ def test_running_scores_equal_a_plain_loop(specs: list[AggregateSpec], n: int, s
         for s in range(3):
             expected = running_of(spec, columns[0], columns[s])
             np.testing.assert_allclose(running[:, c, s], expected, rtol=1e-12, atol=1e-12)
-    assert np.array_equal(aggregator.score(state), running[-1])
+        if spec.kind == "max_window_mean" and n < spec.window:
+            rows = logits[:, c, 1:].astype(float)
+            assert aggregator.score(state)[c, 1:] == pytest.approx(rows.mean(axis=0), abs=1e-12)
+        else:
+            assert np.array_equal(aggregator.score(state)[c], running[-1, c])
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,7 +129,10 @@ def test_support_reproduces_the_fused_score(spec: AggregateSpec, n: int, seed: i
     ungated = float(np.sum(support.weights * fused))
     score = float(aggregator.score(state)[0, 0])
     values = values_of(spec, logits[:, 0, 0].astype(float).tolist())
-    assert ungated == pytest.approx(values[support.stop - 1], rel=1e-9, abs=1e-9)
+    at = len(values) - 1 if spec.kind == "top_k_mean" else support.stop - 1
+    if spec.kind == "k_of_window":  # the token may lie before the end of its window
+        at = int(np.argmin(np.abs(np.array(values) - ungated)))
+    assert ungated == pytest.approx(values[at], rel=1e-9, abs=1e-9)
     assert math.fsum(support.weights) == pytest.approx(1.0, rel=1e-9)
     if support.gated:
         assert score == spec.evidence_floor < ungated
@@ -131,6 +149,32 @@ def one_cluster(spec: AggregateSpec, fused: Sequence[float]) -> list[float]:
 def test_rolling_mean_is_of_the_last_window_and_keeps_its_maximum() -> None:
     spec = AggregateSpec(kind="max_rolling_mean", window=2, min_evidence_tokens=0)
     assert one_cluster(spec, [1, 3, 5, -9, -9]) == [1, 2, 4, 4, 4]
+
+
+def test_window_mean_is_of_whole_windows_and_provisional_before() -> None:
+    spec = AggregateSpec(kind="max_window_mean", window=2, min_evidence_tokens=0)
+    aggregator = Aggregator([spec])
+    state = aggregator.start()
+    first = aggregator.update(state, np.full((1, 1, 3), 9.0, np.float32))
+    assert first[0, 0, 0] == -math.inf
+    assert aggregator.score(state)[0, 0] == 9.0
+    assert aggregator.support(state, 0)[:2] == (0, 1)
+    later = aggregator.update(
+        state, np.array([1.0, 3.0, 0.0], np.float32).reshape(3, 1, 1).repeat(3, 2)
+    )
+    assert later[:, 0, 0].tolist() == [5.0, 5.0, 5.0]
+    assert aggregator.support(state, 0)[:2] == (0, 2)
+
+
+def test_top_k_mean_is_of_the_largest_wherever_they_are() -> None:
+    spec = AggregateSpec(kind="top_k_mean", k=2, min_evidence_tokens=0)
+    assert one_cluster(spec, [4, 0, 6, -9, 8]) == [4, 2, 5, 5, 7]
+
+
+def test_k_of_window_reaches_a_threshold_where_k_tokens_of_one_window_do() -> None:
+    spec = AggregateSpec(kind="k_of_window", k=2, window=3, min_evidence_tokens=0)
+    assert one_cluster(spec, [5, 1, -2, -2, 7, 6, -9]) == [5, 5, 5, 5, 5, 6, 6]
+    assert one_cluster(spec, [-1, 5, -2, 4, -9, 3]) == [-1, -1, -1, 4, 4, 4]
 
 
 def test_gate_holds_the_score_at_the_floor_until_evidence_is_enough() -> None:
@@ -164,10 +208,8 @@ def test_before_the_first_token_the_score_is_nan_and_nothing_supports_it() -> No
 
 
 def test_a_copied_state_goes_its_own_way() -> None:
-    aggregator = Aggregator(
-        [AggregateSpec(kind=kind) for kind in ("max_rolling_mean", "mean", "ema")]
-    )
-    logits = random_logits(np.random.default_rng(0), 30, 3)
+    aggregator = Aggregator([AggregateSpec(kind=kind) for kind in get_args(AggregateKind)])
+    logits = random_logits(np.random.default_rng(0), 30, len(aggregator.specs))
     state, _ = whole(aggregator, logits[:10])
     before = state.copy()
     aggregator.update(state, logits[10:])
@@ -195,6 +237,8 @@ def test_logits_of_another_number_of_clusters_are_refused() -> None:
     ("settings_", "said"),
     [
         ({"window": 0}, "window is 0"),
+        ({"k": 0}, "k is 0"),
+        ({"kind": "k_of_window", "k": 3, "window": 2}, "k is 3 tokens of a window of 2"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": 1.5}, "alpha is 1.5"),
         ({"min_evidence_tokens": -1}, "min_evidence_tokens is -1"),

@@ -1,4 +1,4 @@
-"""Streams that lose their memory to the budget against the same tokens scored at once."""
+"""What the cache keeps, drops and reuses; `test_cache_properties` has the interleavings."""
 
 from __future__ import annotations
 
@@ -99,41 +99,6 @@ def assert_same(found: SegmentScores, expected: SegmentScores) -> None:
 
 def random_ids(n: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, N_IDS, n).tolist()
-
-
-@pytest.mark.parametrize(
-    ("max_tokens", "key"), [(0, None), (100, None), (200, None), (100, b"k"), (250, b"k")]
-)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_interleaved_streams_score_the_same_however_small_the_budget(
-    scorers: dict[str, Scorer],
-    family: str,
-    max_tokens: int,
-    key: bytes | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 2 * BLOCK_TOKENS)
-    scorer, rng = scorers[family], np.random.default_rng(max_tokens)
-    cache = make_cache(scorer, max_tokens, key=key)
-    streams = [cache.open_stream() for _ in range(4)]
-    texts: list[list[int]] = [[] for _ in streams]
-    for turn in range(24):
-        index, n = int(rng.integers(4)), int(rng.integers(1, 50))
-        text = texts[index]
-        del text[int(len(text) * rng.choice([1.0, 1.0, 0.9, 0.4])) :]
-        streams[index].truncate(len(text))
-        new = random_ids(n, turn)
-        found = feed(cache, scorer, streams[index], new)
-        text += new
-        whole = at_once(scorer, text)
-        assert_same(found, SegmentScores(whole.logits[-n:], whole.latent_acts[-n:]))
-        assert streams[index].token_ids == text
-        counts = cache.counts()
-        assert counts.session_bytes + counts.prefix_bytes <= cache.max_bytes
-    counts = cache.counts()
-    assert counts.evicted_for_memory > 0
-    assert counts.recomputed_tokens > 0
-    assert (counts.reused_tokens > 0) == (counts.prefix_evictions > 0) == (key is not None)
 
 
 def test_the_stream_unused_for_longest_goes_first(scorer: Scorer) -> None:
