@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from numpy import ndarray
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from sae_core.evaluation.data import LabelledText
+from sae_core.evaluation.data import EvaluationError, LabelledText
 
 KEYWORDS = re.compile(
     r"\b(?:"
@@ -56,3 +56,26 @@ def tfidf_scores(
     )
     model.fit([row.text for row in train], [row.is_harmful for row in train])
     return np.asarray(model.decision_function(list(texts)), np.float64)
+
+
+class TfidfBaseline:
+    """The same for several questions at once: one vocabulary, one regression a question."""
+
+    def __init__(self, train: Sequence[LabelledText], texts: Sequence[str]) -> None:
+        vectoriser = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+        try:
+            self._train = vectoriser.fit_transform([row.text for row in train])
+        except ValueError as error:
+            raise EvaluationError(f"TF-IDF: {error}, expected more training rows") from error
+        self._texts = vectoriser.transform(list(texts))
+
+    def scores(self, is_positive: Bool[ndarray, " n_train"]) -> Float64[ndarray, " n_texts"] | None:
+        """Every text's score as one of these training rows; None where they are all or none.
+
+        Rows that are neither positive nor benign belong out of `is_positive` and count as negative.
+        """
+        if is_positive.all() or not is_positive.any():
+            return None
+        model = LogisticRegression(C=10.0, max_iter=1000, class_weight="balanced")
+        model.fit(self._train, is_positive)
+        return np.asarray(model.decision_function(self._texts), np.float64)

@@ -12,89 +12,67 @@ and machine every stage gives the same bits.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from sae_core.aggregation import AggregateSpec
-from sae_core.calibration import Source, SourceCalibration, calibrate_source, calibration_artefact
+from sae_core.baseline import Baseline
+from sae_core.calibration import (
+    Source,
+    SourceCalibration,
+    calibrate_source,
+    length_buckets,
+    upper_bound,
+)
+from sae_core.calibration_artefact import benign_table, calibration_artefact
+from sae_core.digests import sae_digest
 from sae_core.evaluation.baselines import keyword_scores, length_scores, tfidf_scores
 from sae_core.evaluation.data import LabelledText, data_digest, read_labelled
-from sae_core.evaluation.detection import Evaluation, detect, evaluate
+from sae_core.evaluation.detection import Evaluation, evaluate
 from sae_core.fidelity import Bands, measure
 from sae_core.formats import load_sae
-from sae_core.heads import Cluster, ClusterHeads, LatentTerm
-from sae_core.hook_points import parse_hook_point
+from sae_core.heads import ClusterHeads, heads_digest
 from sae_core.language_model.checksums import digest_folder
-from sae_core.language_model.loading import load_language_model
-from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
+from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.sae import SAE
-from sae_core.training.activations import language_model_forward
-from sae_core.training.batch_topk import SAETrainConfig
-from sae_core.training.bundle_files import BundleParts, write_bundle
-from sae_core.training.corpus import corpus_texts
+from sae_core.training.build_heads import (
+    AGGREGATE,
+    SAE_ID,
+    SOURCES,
+    UNSEEN_LOGITS,
+    BuildInputs,
+    Say,
+    build_heads,
+    build_residuals,
+    build_sae,
+    cluster_heads,
+    train_texts,
+)
+from sae_core.training.bundle_files import SAE_FILES, BundleParts, write_bundle
+from sae_core.training.canary_texts import CANARIES, canary_rows
 from sae_core.training.dense_heads import (
-    FittedHeads,
-    Fusion,
-    HeadConfig,
-    choose_l2,
-    cross_fitted_pairs,
-    fit_fusion,
-    fit_heads,
     is_positive,
     source_folds,
-    windows_of,
 )
-from sae_core.training.discovery import ClusterPlan, latent_labels, text_acts
-from sae_core.training.examples import ResidualSet, cached_residuals
-from sae_core.training.probes import CANARIES, PROBES, canary_rows
-from sae_core.training.recipe import (
-    CORPUS_KEEP,
-    CORPUS_KEEP_OTHERS,
-    PLANS,
-    SAE_CONFIG,
+from sae_core.training.examples import ResidualSet
+from sae_core.training.probes import PROBES, TOPIC_PROBES
+from sae_core.training.text_vitals import text_vitals
+from sae_core.training.token_features import (
+    text_scores,
+    token_logits,
 )
-from sae_core.training.sae_report import SAEReport
-from sae_core.training.sae_trainer import TrainProgress, train_sae
-from sae_core.training.token_features import latent_acts_of, text_scores, token_logits
+from sae_core.training.unseen_figures import TFIDF, unseen_figures
 
-SAE_ID = "l9"
-WINDOW = 16
 MIN_EVIDENCE_TOKENS = 3
-SOURCES: tuple[Source, ...] = ("fused", "dense", "sae")
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BuildInputs:
-    """Where everything comes from and goes to."""
-
-    model_folder: Path
-    model_id: str
-    model_package: str | None
-    """The package of the index that carries the weights, if one does."""
-    corpus: Path
-    """Folder of JSON lines (plain or gzipped) with `text` and `source`: the SAE's texts."""
-    train: Path
-    """Labelled JSON lines that latents and heads are fitted on."""
-    val: Path
-    """Labelled JSON lines: thresholds from its benign rows, figures from all."""
-    work: Path
-    """Intermediate files; may be deleted afterwards."""
-    out: Path
-    """The bundle folder."""
-    name: str = "gemma3-270m-default"
-    version: int = 1
-    sae_config: SAETrainConfig = SAE_CONFIG
-    head_config: HeadConfig = HeadConfig(window=WINDOW)
-    plans: tuple[ClusterPlan, ...] = PLANS
+BUNDLE_PROBES = (*PROBES, *TOPIC_PROBES)
 
 
 def build_default(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluation:
@@ -104,224 +82,29 @@ def build_default(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluati
     return build_bundle(inputs, say)
 
 
-def build_sae(inputs: BuildInputs, say: Say = lambda line: None) -> Path:
-    """Stage 1: the SAE, from a mixture of the corpus; one document in a hundred is held out."""
-    folder = inputs.work / "sae"
-    if (folder / "cfg.json").is_file():
-        return folder
-
-    def progress(p: TrainProgress) -> None:
-        say(
-            f"{p.n_tokens} of {p.total_tokens} tokens, FVU {p.fvu:.3f}, L0 {p.l0:.1f}, "
-            f"dead {p.dead_share:.1%}, {p.tokens_per_second:.0f} tokens/s, "
-            f"{p.seconds_left / 60:.0f} min left"
-        )
-
-    report: SAEReport = train_sae(
-        inputs.sae_config,
-        corpus_texts(inputs.corpus, keep=CORPUS_KEEP, default_keep=CORPUS_KEEP_OTHERS),
-        corpus_texts(inputs.corpus, held_out=True),
-        inputs.model_folder,
-        folder,
-        model_name=inputs.model_id,
-        checkpoint=inputs.work / "sae_checkpoint",
-        progress=progress,
-    )
-    say(f"SAE: FVU {report.fvu:.4f}, L0 {report.l0:.1f}, dead {report.dead_share:.2%} (held out)")
-    return folder
-
-
-def build_residuals(
-    inputs: BuildInputs, rows: Sequence[LabelledText], name: str, *, exact: bool, say: Say
-) -> ResidualSet:
-    """Stage 2: residuals of labelled texts; `exact` is float32 and whole, as texts are served.
-
-    Otherwise matrix products run in bfloat16 and texts are cut at 256 tokens: for fitting.
-    """
-    hook_point = parse_hook_point(inputs.sae_config.hook_point)
-    model = load_language_model(inputs.model_folder, [hook_point])
-    precision = "float32" if exact else "mixed"
-    return cached_residuals(
-        [row.text for row in rows],
-        load_tokenizer(inputs.model_folder),
-        language_model_forward(model, hook_point, mixed_precision=not exact),
-        inputs.work / f"resid_{name}",
-        identity=f"{inputs.model_id} {hook_point} {precision}",
-        max_tokens=100_000 if exact else 256,
-        progress=lambda done, total: say(f"residuals of {name}: {done} of {total} tokens"),
-    )
-
-
-def build_heads(inputs: BuildInputs, say: Say = lambda line: None) -> dict[str, Any]:
-    """Stages 2 and 3: latents by contrast, dense and SAE heads, fusion; on `train` alone."""
-    path = inputs.work / "heads.json"
-    sae_path = inputs.work / "sae"
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    rows = read_labelled(inputs.train)
-    texts = build_residuals(inputs, rows, "train", exact=False, say=say)
-    usable = np.flatnonzero(np.diff(texts.starts) > 0)
-    rows, texts = tuple(rows[int(i)] for i in usable), texts.subset(usable)
-    sae, config, plans = load_sae(sae_path), inputs.head_config, inputs.plans
-    say("latent activations of every text")
-    acts = text_acts(sae, texts)
-    windows = windows_of(np.asarray(texts.resid), texts.starts, config.window)
-    folds = source_folds(rows, config.n_folds)
-    say(f"dense penalty over {config.n_folds} folds of data sets")
-    l2, l2_results = choose_l2(plans, rows, windows, folds, config)
-    say(f"dense penalty {l2:g}; AUROC on unseen data sets {l2_results}")
-    pairs = cross_fitted_pairs(
-        plans, rows, texts, windows, acts, sae, folds, l2, config, progress=say
-    )
-    fusion = fit_fusion(plans, rows, pairs, texts.starts, config)
-    unseen = unseen_source_figures(plans, rows, pairs, texts.starts, fusion, config.window)
-    unseen_tfidf = unseen_tfidf_figure(rows, folds)
-    say("heads on all data sets")
-    heads = fit_heads(plans, rows, texts, windows, acts, sae, l2, config)
-    labels = _labels(heads, sae, texts, load_tokenizer(inputs.model_folder))
-    content = {
-        "data_digest": data_digest(rows),
-        "l2": l2,
-        "l2_results": l2_results,
-        "unseen_sources": unseen,
-        "unseen_sources_tfidf": unseen_tfidf,
-        "clusters": [
-            _cluster_json(plan, column, heads, fusion, labels) for column, plan in enumerate(plans)
-        ],
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return content
-
-
-def unseen_source_figures(
-    plans: Sequence[ClusterPlan],
-    rows: Sequence[LabelledText],
-    pairs: ndarray,
-    starts: ndarray,
-    fusion: Fusion,
-    window: int,
-) -> dict[str, Any]:
-    """AUROC of each cluster on texts whose data set its heads never saw, folds pooled.
-
-    The fusion's three numbers a cluster were fitted on these scores, the heads were not.
-    """
-    sae, dense = pairs[:, :, 0], pairs[:, :, 1]
-    fused = fusion.bias + fusion.sae * sae + fusion.dense * dense
-    logits = np.stack([fused, dense, sae], axis=-1).astype(np.float32)
-    specs = [AggregateSpec(window=window, min_evidence_tokens=0)] * len(plans)
-    scores = text_scores(logits, starts, specs)
-    flat: dict[str, tuple[ndarray, ndarray]] = {
-        name: (np.zeros(len(plans)), np.ones(len(plans))) for name in SOURCES
-    }
-    found = evaluate(
-        "train, heads fitted on other data sets",
-        "",
-        rows,
-        [plan.id for plan in plans],
-        is_positive(plans, rows),
-        scores,
-        flat,
-        {},
-        n_resamples=50,
-    )
-    return {
-        cluster: {d.score: [round(x, 4) for x in d.auroc] for d in detections}
-        for cluster, detections in found.clusters.items()
-    }
-
-
-def unseen_tfidf_figure(rows: Sequence[LabelledText], folds: ndarray) -> list[float]:
-    """AUROC, with its interval, of TF-IDF with logistic regression on the same folds."""
-    scores = np.empty(len(rows))
-    for fold in np.unique(folds):
-        train = [row for row, f in zip(rows, folds, strict=True) if f != fold]
-        held = np.flatnonzero(folds == fold)
-        scores[held] = tfidf_scores(train, [rows[int(i)].text for i in held])
-    harmful = np.array([row.is_harmful for row in rows])
-    found = detect("TF-IDF", scores[harmful], scores[~harmful], n_resamples=50)
-    return [round(x, 4) for x in found.auroc]
-
-
-def _labels(
-    heads: FittedHeads, sae: SAE, texts: ResidualSet, tokenizer: Tokenizer
-) -> dict[int, str]:
-    ids = sorted({e.latent_id for head in heads.sae for e in head.evidence})
-    unique, where = np.unique(texts.token_ids, return_inverse=True)
-    names = np.array([tokenizer.token_texts([int(i)])[0] for i in unique])
-    acts = latent_acts_of(sae, texts, ids)
-    return dict(zip(ids, latent_labels(acts, names[where].tolist()), strict=True))
-
-
-def _cluster_json(
-    plan: ClusterPlan, column: int, heads: FittedHeads, fusion: Fusion, labels: dict[int, str]
-) -> dict[str, Any]:
-    head = heads.sae[column]
-    order = np.argsort(-head.weight, kind="stable")
-    return {
-        "id": plan.id,
-        "title": plan.title,
-        "severity": plan.severity,
-        "latents": [
-            {
-                "id": head.evidence[i].latent_id,
-                "weight": float(f"{head.weight[i]:.6g}"),
-                "scale": float(f"{head.scale[i]:.6g}"),
-                "label": labels[head.evidence[i].latent_id],
-                "evidence": {k: round(v, 4) for k, v in head.evidence[i]._asdict().items()},
-            }
-            for i in order
-        ],
-        "dense_weight": [float(x) for x in heads.dense.weight[:, column]],
-        "dense_bias": float(heads.dense.bias[column]),
-        "fusion": {
-            "sae": float(f"{fusion.sae[column]:.6g}"),
-            "dense": float(f"{fusion.dense[column]:.6g}"),
-            "bias": float(f"{fusion.bias[column]:.6g}"),
-        },
-    }
-
-
-def cluster_heads(content: dict[str, Any], hook_point: str) -> ClusterHeads:
-    """The heads of stage 3, as they will be served."""
-    clusters = [
-        Cluster(
-            id=c["id"],
-            latents=tuple(
-                LatentTerm(
-                    sae=SAE_ID,
-                    latent_id=t["id"],
-                    weight=t["weight"],
-                    scale=t["scale"],
-                    label=t["label"],
-                )
-                for t in c["latents"]
-            ),
-            transform="clip",
-            dense_weight=np.array(c["dense_weight"], np.float32),
-            dense_bias=float(np.float32(c["dense_bias"])),
-            dense_hook_point=hook_point,
-            fusion_sae=c["fusion"]["sae"],
-            fusion_dense=c["fusion"]["dense"],
-            fusion_bias=c["fusion"]["bias"],
-        )
-        for c in content["clusters"]
-    ]
-    return ClusterHeads(clusters, [SAE_ID])
-
-
 def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluation:
-    """Stage 4: thresholds from the benign rows of `val`, figures on all of it, the folder."""
+    """Stage 4: thresholds from benign rows, figures on all of `val`, the folder.
+
+    The benign rows are those of `val`, and those of `train` as heads score them that never saw
+    their data set: what is raised on data sets like any other, not on those that were fitted.
+    """
     content = build_heads(inputs, say)
-    sae, heads = load_sae(inputs.work / "sae"), cluster_heads(content, inputs.sae_config.hook_point)
+    sae, heads = load_sae(inputs.work / "sae"), cluster_heads(content, inputs.hook_point)
     rows = read_labelled(inputs.val)
-    texts = build_residuals(inputs, rows, "val", exact=True, say=say)
-    logits = token_logits(texts, SAE_ID, sae, inputs.sae_config.hook_point, heads)
-    benign = np.array([not row.is_harmful for row in rows])
-    specs = evidence_specs(logits, texts, benign, inputs.head_config.window)
+    texts = build_residuals(inputs, rows, "val", say=say)
+    logits = token_logits(texts, SAE_ID, sae, inputs.hook_point, heads)
+    train, known = train_texts(inputs, say)
+    unseen_logits = np.load(inputs.work / UNSEEN_LOGITS)
+    harmless, n_tokens = _benign_logits(
+        (train, known.starts, unseen_logits), (rows, texts.starts, logits)
+    )
+    starts = np.concatenate([[0], np.cumsum(n_tokens)]).astype(np.int64)
+    specs = evidence_specs(harmless, starts)
+    benign = text_scores(harmless, starts, specs)
     scores = text_scores(logits, texts.starts, specs)
+    buckets = length_buckets(n_tokens)
     calibrated: dict[Source, SourceCalibration] = {
-        name: calibrate_source(scores[benign][:, :, i]) for i, name in enumerate(SOURCES)
+        name: calibrate_source(benign[:, :, i], buckets=buckets) for i, name in enumerate(SOURCES)
     }
     ids = [c["id"] for c in content["clusters"]]
     tokenizer = load_tokenizer(inputs.model_folder)
@@ -329,21 +112,45 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
         "model": inputs.model_id,
         "model_digest": digest_folder(inputs.model_folder),
         "tokenizer_digest": tokenizer.fingerprint,
-        "sae_digest": _file_digest(inputs.work / "sae" / "sae_weights.safetensors"),
-        "heads_digest": hashlib.sha256(json.dumps(content["clusters"]).encode()).hexdigest(),
-        "hook_point": inputs.sae_config.hook_point,
+        "sae_digests": {
+            SAE_ID: sae_digest(
+                {name: _file_digest(inputs.work / "sae" / name) for name in SAE_FILES},
+                inputs.hook_point,
+                {},
+            )
+        },
+        "heads_digest": heads_digest(heads),
+        "hook_point": inputs.hook_point,
         "dtype": "float32",
         "backend": "torch-cpu",
-        "aggregator": "max_rolling_mean",
-        "window": inputs.head_config.window,
-        "min_evidence_tokens": MIN_EVIDENCE_TOKENS,
-        "data": inputs.val.name + ", benign rows",
-        "data_digest": data_digest([row for row in rows if not row.is_harmful]),
-        "n": int(benign.sum()),
+        "data": f"benign rows of {inputs.val.name}, and of {inputs.train.name} by heads that had "
+        "not seen their data set",
+        "data_digest": data_digest([row for row in (*train, *rows) if not row.is_harmful]),
+        "n": len(benign),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    artefact = calibration_artefact(ids, scores[benign][:, :, 0], calibrated, facts)
-    train = read_labelled(inputs.train)
+    artefact = calibration_artefact(
+        ids,
+        benign[:, :, 0],
+        calibrated,
+        facts,
+        aggregates=[asdict(spec) for spec in specs],
+        buckets=buckets,
+    )
+    folds = source_folds(train, inputs.head_config.n_folds, inputs.origins)
+    is_benign = np.array([not row.is_harmful for row in train])
+    artefact["held_out"] = _raised_on_held_out_sources(
+        benign[:, :, 0], buckets, folds[is_benign], say
+    )
+    known_logits = token_logits(known, SAE_ID, sae, inputs.hook_point, heads)
+    served = (text_scores(known_logits, known.starts, specs), scores)
+    artefact["baseline"] = {
+        **_baseline(sae, heads, ((train, known), (rows, texts)), say).to_json(),
+        "scores": _benign_tables(ids, served, (train, rows)),
+    }
+    scales: dict[str, tuple[ndarray, ndarray]] = {
+        name: (found.flag.thresholds, found.alert.thresholds) for name, found in calibrated.items()
+    }
     figures = evaluate(
         inputs.val.name,
         data_digest(rows),
@@ -351,12 +158,9 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
         ids,
         is_positive(inputs.plans, rows),
         scores,
+        scales,
         {
-            name: (found.flag.thresholds, found.alert.thresholds)
-            for name, found in calibrated.items()
-        },
-        {
-            "TF-IDF + logistic regression": tfidf_scores(train, [row.text for row in rows]),
+            TFIDF: tfidf_scores(train, [row.text for row in rows]),
             "keywords": keyword_scores([row.text for row in rows]),
             "length": length_scores([row.text for row in rows]),
         },
@@ -372,11 +176,20 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
             tokenizer_digest=tokenizer.fingerprint,
             sae_id=SAE_ID,
             sae_folder=inputs.work / "sae",
-            hook_point=inputs.sae_config.hook_point,
+            hook_point=inputs.hook_point,
             heads=content,
             specs=tuple(specs),
             artefact=artefact,
             figures=figures,
+            unseen=unseen_figures(
+                train,
+                is_positive(inputs.plans, train),
+                text_scores(unseen_logits, known.starts, specs),
+                scales,
+                folds,
+                inputs.origins,
+            ),
+            probes=BUNDLE_PROBES,
             bands=_bands(inputs, sae, heads.latent_ids[SAE_ID], say),
             canaries=_canaries(inputs, sae, heads, specs, calibrated["fused"], say),
         ),
@@ -387,12 +200,12 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
 
 def _own_texts(inputs: BuildInputs, name: str, texts: Sequence[str], say: Say) -> ResidualSet:
     rows = [LabelledText(text=text, is_harmful=False) for text in texts]
-    return build_residuals(inputs, rows, name, exact=True, say=say)
+    return build_residuals(inputs, rows, name, say=say)
 
 
 def _bands(inputs: BuildInputs, sae: SAE, latent_ids: Sequence[int], say: Say) -> Bands:
     """What the SAE gives on the probe texts, BOS left out."""
-    probes = _own_texts(inputs, "probes", PROBES, say)
+    probes = _own_texts(inputs, "probes", BUNDLE_PROBES, say)
     return Bands.around(measure(sae, torch.from_numpy(np.array(probes.resid)), latent_ids))
 
 
@@ -404,35 +217,122 @@ def _canaries(
     calibrated: SourceCalibration,
     say: Say,
 ) -> list[dict[str, Any]]:
-    texts = _own_texts(inputs, "canaries", CANARIES, say)
-    logits = token_logits(texts, SAE_ID, sae, inputs.sae_config.hook_point, heads)
+    texts = _own_texts(inputs, "canaries", [canary.text for canary in CANARIES], say)
+    logits = token_logits(texts, SAE_ID, sae, inputs.hook_point, heads)
     return canary_rows(
         [cluster.id for cluster in heads.clusters],
         CANARIES,
         text_scores(logits, texts.starts, specs)[:, :, 0],
         calibrated.flag.thresholds,
         calibrated.alert.thresholds,
+        say,
     )
 
 
+def _baseline(
+    sae: SAE,
+    heads: ClusterHeads,
+    parts: Sequence[tuple[Sequence[LabelledText], ResidualSet]],
+    say: Say,
+) -> Baseline:
+    """What the benign texts of all parts do to the SAE."""
+    vitals = []
+    (hook_point,) = heads.hook_points
+    for rows, texts in parts:
+        benign = np.flatnonzero([not row.is_harmful for row in rows])
+        vitals += text_vitals(
+            texts, benign, SAE_ID, sae, hook_point, heads.latent_ids[SAE_ID], progress=_every(say)
+        )
+    return Baseline.of(heads.latents, vitals)
+
+
+def _benign_tables(
+    ids: Sequence[str],
+    scores: Sequence[Float64[ndarray, "_ n_clusters 3"]],
+    rows: Sequence[Sequence[LabelledText]],
+) -> dict[str, list[float]]:
+    """By cluster, how the heads that are served score the benign texts of all parts.
+
+    Live scores are compared with these, and not with those of heads that had not seen the texts'
+    data sets: other heads' scores differ on the same traffic.
+    """
+    benign = [
+        some[[not row.is_harmful for row in of_part], :, 0]
+        for some, of_part in zip(scores, rows, strict=True)
+    ]
+    return dict(zip(ids, map(benign_table, np.concatenate(benign).T), strict=True))
+
+
+def _every(say: Say, step: int = 500) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done % step == 0 or done == total:
+            say(f"baseline: {done} of {total} benign texts")
+
+    return progress
+
+
+def _benign_logits(
+    *parts: tuple[Sequence[LabelledText], ndarray, Float32[ndarray, "_ n_clusters 3"]],
+) -> tuple[Float32[ndarray, "n_benign n_clusters 3"], Int64[ndarray, " n_texts"]]:
+    """Token logits of the benign texts of all parts, one after another, and their lengths."""
+    logits, lengths = [], []
+    for rows, starts, found in parts:
+        benign = np.array([not row.is_harmful for row in rows]) & (np.diff(starts) > 0)
+        logits.append(found[np.repeat(benign, np.diff(starts))])
+        lengths.append(np.diff(starts)[benign])
+    return np.concatenate(logits), np.concatenate(lengths)
+
+
+def _raised_on_held_out_sources(
+    scores: Float64[ndarray, "n_texts n_clusters"],
+    buckets: Int64[ndarray, " n_texts"],
+    folds: Int64[ndarray, " n_train"],
+    say: Say,
+) -> dict[str, Any]:
+    """What thresholds raise on a fold of data sets when they come from the other benign rows.
+
+    Args:
+        folds: of the first rows; those that follow, of `val`, have no fold of their own.
+    """
+    fold_of = np.concatenate([folds, np.full(len(scores) - len(folds), -1)])
+    raised = {"flag": 0, "alert": 0}
+    for fold in np.unique(folds):
+        held = fold_of == fold
+        found = calibrate_source(scores[~held], buckets=buckets[~held])
+        for zone, thresholds in (("flag", found.flag), ("alert", found.alert)):
+            n = int((scores[held] >= thresholds.thresholds).any(axis=1).sum())
+            say(f"fold {fold} held out: {zone} on {n} of {int(held.sum())} benign texts")
+            raised[zone] += n
+    n = len(folds)
+    return {
+        "of": "folds of data sets",
+        **{
+            zone: {
+                "n_benign": n,
+                "n_false_positive": count,
+                "achieved": count / n,
+                "upper_bound": upper_bound(count, n),
+            }
+            for zone, count in raised.items()
+        },
+    }
+
+
 def evidence_specs(
-    logits: ndarray, texts: ResidualSet, benign: ndarray, window: int
+    logits: Float32[ndarray, "total n_clusters 3"], starts: Int64[ndarray, " n_texts_and_one"]
 ) -> list[AggregateSpec]:
     """Each cluster's evidence floor: the 90th percentile of benign tokens, below its flag.
 
-    Found from ungated scores; a gate can only lower a score, so a floor half way between the
-    benign median and the ungated flag threshold is as high as any floor may be.
+    Found from ungated scores of benign texts; a gate can only lower a score, so a floor half way
+    between the benign median and the ungated flag threshold is as high as any floor may be.
     """
-    n = logits.shape[1]
-    ungated = [AggregateSpec(window=window, min_evidence_tokens=0)] * n
-    scores = text_scores(logits, texts.starts, ungated)[benign][:, :, 0]
+    scores = text_scores(logits, starts, [AGGREGATE] * logits.shape[1])[:, :, 0]
     flag = calibrate_source(scores).flag.thresholds
     highest = (flag + np.median(scores, axis=0)) / 2
-    tokens = np.repeat(benign, np.diff(texts.starts))
-    usual = np.quantile(logits[tokens][:, :, 0], 0.9, axis=0)
+    usual = np.quantile(logits[:, :, 0], 0.9, axis=0)
     return [
-        AggregateSpec(
-            window=window,
+        replace(
+            AGGREGATE,
             min_evidence_tokens=MIN_EVIDENCE_TOKENS,
             evidence_floor=round(float(floor), 5),
         )

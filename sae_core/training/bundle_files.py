@@ -22,6 +22,9 @@ from sae_core.evaluation.detection import Evaluation
 from sae_core.fidelity import Bands
 from sae_core.training.card import bundle_card
 from sae_core.training.probes import probe_rows
+from sae_core.training.unseen_figures import UnseenFigures
+
+SAE_FILES = ("cfg.json", "sae_weights.safetensors")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,9 @@ class BundleParts:
     artefact: dict[str, Any]
     """The calibration."""
     figures: Evaluation
+    unseen: UnseenFigures
+    probes: Sequence[str]
+    """Texts of fidelity.jsonl."""
     bands: Bands
     """Of the SAE, on the probe texts."""
     canaries: Sequence[dict[str, Any]]
@@ -50,14 +56,15 @@ class BundleParts:
 
 
 def write_bundle(folder: Path, parts: BundleParts) -> None:
-    """Write or overwrite the folder's files; a manifest that no longer fits is removed."""
+    """Write or overwrite the folder's files; manifest and canaries' scores are removed."""
     for name in ("calibration", "fidelity"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     sae_path = f"saes/{parts.sae_id}"
     (folder / sae_path).mkdir(parents=True, exist_ok=True)
-    for name in ("cfg.json", "sae_weights.safetensors"):
+    for name in SAE_FILES:
         shutil.copyfile(parts.sae_folder / name, folder / sae_path / name)
-    (folder / "MANIFEST.json").unlink(missing_ok=True)
+    for stale in ("MANIFEST.json", "canaries/expected.json"):
+        (folder / stale).unlink(missing_ok=True)
     tensors = {}
     for cluster in parts.heads["clusters"]:
         tensors[f"dense/{cluster['id']}/weight"] = np.array(cluster["dense_weight"], np.float32)
@@ -68,8 +75,7 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
         folder / "evaluation.json",
         {
             **_rounded(parts.figures.to_json()),
-            "unseen_sources_auroc": parts.heads["unseen_sources"],
-            "unseen_sources_tfidf_auroc": parts.heads["unseen_sources_tfidf"],
+            "unseen_sources": _rounded(parts.unseen.to_json()),
             "latents": {
                 c["id"]: [{"id": t["id"], **t["evidence"]} for t in c["latents"]]
                 for c in parts.heads["clusters"]
@@ -78,25 +84,16 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
     )
     text = yaml.safe_dump(bundle_content(parts), sort_keys=False, allow_unicode=True, width=100)
     (folder / "bundle.yaml").write_text(text, encoding="utf-8")
-    write_json_lines(folder / "fidelity.jsonl", probe_rows())
+    write_json_lines(folder / "fidelity.jsonl", probe_rows(parts.probes))
     _write_json(folder / "fidelity" / f"{parts.sae_id}.json", parts.bands.to_json())
     write_json_lines(folder / "canaries.jsonl", parts.canaries)
-    tables = (
-        parts.figures.to_markdown()
-        + "\n"
-        + unseen_table(parts.heads["unseen_sources"], parts.heads["unseen_sources_tfidf"])
-    )
     sae_cfg = json.loads((parts.sae_folder / "cfg.json").read_text(encoding="utf-8"))
     card = bundle_card(
         parts.name,
         parts.artefact,
         sae_cfg,
         parts.figures,
-        (
-            next(iter(parts.heads["unseen_sources"].values()))["fused"][0],
-            parts.heads["unseen_sources_tfidf"][0],
-        ),
-        tables,
+        parts.unseen,
     )
     (folder / "CARD.md").write_text(card, encoding="utf-8")
 
@@ -144,29 +141,16 @@ def _cluster_content(
         "aggregate": {
             "kind": spec.kind,
             "window": spec.window,
+            "k": spec.k,
+            "alpha": spec.alpha,
             "min_evidence_tokens": spec.min_evidence_tokens,
             "evidence_floor": spec.evidence_floor,
         },
         "thresholds": calibrated["thresholds"],
         "solo": calibrated["solo"],
         "calibration": "calibration/default.json",
+        "categories": list(cluster["categories"]),
     }
-
-
-def unseen_table(figures: dict[str, Any], tfidf: Sequence[float]) -> str:
-    """AUROC on data sets that the heads were not fitted on, as Markdown."""
-    names = list(next(iter(figures.values()), {}))
-    lines = [
-        "AUROC on training data sets that the heads were not fitted on (folds keep a data set",
-        "whole; latents chosen within each fold):",
-        "",
-        "| cluster | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
-    ]
-    for cluster, by_name in figures.items():
-        lines.append(f"| {cluster} | " + " | ".join(f"{by_name[n][0]:.3f}" for n in names) + " |")
-    lines += ["", f"TF-IDF + logistic regression, all harmful rows, same folds: {tfidf[0]:.3f}."]
-    return "\n".join(lines) + "\n"
 
 
 def write_json_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:

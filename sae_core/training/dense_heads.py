@@ -1,13 +1,12 @@
 """Dense heads, SAE heads and their fusion, from the residuals of labelled texts.
 
-All three are linear in their features and trained with `pooled_heads` for the deployed rolling
-mean. Folds keep a data set whole: what is chosen on held-out folds is chosen on data sets that
-the fold's heads never saw.
+All three are linear in their features, and fitted on the means of whole texts. Folds keep a data
+set whole: what is chosen on held-out folds is chosen on data sets that the fold's heads never saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,16 +25,14 @@ from sae_core.training.discovery import (
     rank_latents,
 )
 from sae_core.training.examples import ResidualSet
-from sae_core.training.pooled_heads import LinearHeads, fit_pooled_heads, pooled_scores
-from sae_core.training.token_features import latent_acts_of, rolling_means, training_positions
+from sae_core.training.linear_heads import LinearHeads, fit_linear_heads
+from sae_core.training.token_features import latent_acts_of, text_means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadConfig:
     """Settings of everything that is fitted on labelled texts."""
 
-    window: int = 16
-    """Tokens in the rolling mean of the deployed aggregate."""
     n_folds: int = 4
     """Folds over data sets."""
     l2_grid: tuple[float, ...] = (1e-2, 5e-2)
@@ -45,8 +42,6 @@ class HeadConfig:
     """Latents by contrast that a cluster's SAE head may choose from."""
     n_latents: int = 32
     """Latents that a cluster keeps."""
-    scale_quantile: float = 0.9
-    """A latent's scale is this quantile of its activations where it fires."""
     sae_l2: float = 1e-3
     sae_l1: float = 2e-4
     other_harm_weight: float = 0.05
@@ -54,42 +49,25 @@ class HeadConfig:
     n_steps: int = 120
 
 
-class Windows(NamedTuple):
-    """Rolling means at the window ends that training looks at."""
+def source_folds(
+    rows: Sequence[LabelledText], n_folds: int, origins: Mapping[str, str]
+) -> Int64[ndarray, " n_texts"]:
+    """A fold for every text, balanced in both labels; a data set lies in one.
 
-    features: Float32[ndarray, "total n_features"]
-    starts: Int64[ndarray, " n_texts_and_one"]
-
-    def of(self, texts: Int64[ndarray, " n"]) -> Windows:
-        """The windows of some texts."""
-        spans = [np.arange(self.starts[i], self.starts[i + 1]) for i in texts]
-        starts = np.concatenate([[0], np.cumsum([len(s) for s in spans])]).astype(np.int64)
-        return Windows(self.features[np.concatenate(spans)], starts)
-
-
-def windows_of(
-    values: Float32[ndarray, "total n"], starts: Int64[ndarray, " n_texts_and_one"], window: int
-) -> Windows:
-    """Rolling means of per-token values, thinned to `training_positions`."""
-    chosen = training_positions(starts, window=window, first=2, stride=4)
-    counts = np.add.reduceat(chosen, starts[:-1], dtype=np.int64)
-    means = rolling_means(values, starts, window)[chosen]
-    return Windows(means, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-
-
-def source_folds(rows: Sequence[LabelledText], n_folds: int) -> Int64[ndarray, " n_texts"]:
-    """A fold for every text; a data set lies in one, and folds are balanced in both labels."""
+    `origins` names the origin of data sets that have one in common; they lie in one fold too.
+    """
+    of_row = [origins.get(row.source, row.source) for row in rows]
     sizes: dict[str, list[int]] = {}
-    for row in rows:
-        sizes.setdefault(row.source, [0, 0])[int(row.is_harmful)] += 1
+    for row, origin in zip(rows, of_row, strict=True):
+        sizes.setdefault(origin, [0, 0])[int(row.is_harmful)] += 1
     totals = np.zeros((n_folds, 2))
     fold_of: dict[str, int] = {}
-    for source, size in sorted(sizes.items(), key=lambda item: (-max(item[1]), item[0])):
+    for origin, size in sorted(sizes.items(), key=lambda item: (-max(item[1]), item[0])):
         after = totals + np.array(size)
         fold = int(np.argmin((after**2).sum(axis=1) - (totals**2).sum(axis=1)))
-        fold_of[source] = fold
+        fold_of[origin] = fold
         totals[fold] += size
-    return np.array([fold_of[row.source] for row in rows], np.int64)
+    return np.array([fold_of[origin] for origin in of_row], np.int64)
 
 
 class Targets(NamedTuple):
@@ -142,7 +120,7 @@ class FittedHeads(NamedTuple):
 def choose_l2(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
-    windows: Windows,
+    means: Float32[ndarray, "n_texts d_in"],
     folds: Int64[ndarray, " n_texts"],
     config: HeadConfig,
 ) -> tuple[float, dict[float, float]]:
@@ -152,20 +130,18 @@ def choose_l2(
     found: dict[float, list[float]] = {l2: [] for l2 in config.l2_grid}
     for fold in range(config.n_folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
-        part, held = windows.of(train), windows.of(test)
-        heads = fit_pooled_heads(
-            part.features,
-            part.starts,
+        heads = fit_linear_heads(
+            means[train],
             np.tile(targets.target[train], len(config.l2_grid)),
             np.tile(targets.weight[train], len(config.l2_grid)),
             l2=np.repeat(np.array(config.l2_grid, np.float32), n),
             n_steps=config.n_steps,
         )
-        scores = pooled_scores(heads, held.features, held.starts)
+        scores = heads.logits(means[test]).astype(np.float64)
         for i, l2 in enumerate(config.l2_grid):
             found[l2] += _aurocs(plans, rows, test, scores[:, i * n : (i + 1) * n])
-    means = {l2: float(np.mean(values)) for l2, values in found.items()}
-    return max(means, key=lambda l2: (means[l2], l2)), means
+    results = {l2: float(np.mean(values)) for l2, values in found.items()}
+    return max(results, key=lambda l2: (results[l2], l2)), results
 
 
 def _aurocs(
@@ -186,32 +162,27 @@ def _aurocs(
 def fit_heads(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
-    texts: ResidualSet,
-    windows: Windows,
+    means: Float32[ndarray, "n_texts d_in"],
     acts: TextActs,
-    sae: SAE,
     l2: float,
     config: HeadConfig,
 ) -> FittedHeads:
     """Dense and SAE heads of every cluster on all the rows given."""
     targets = targets_of(plans, rows, config.other_harm_weight)
-    dense = fit_pooled_heads(
-        windows.features,
-        windows.starts,
+    dense = fit_linear_heads(
+        means,
         targets.target,
         targets.weight,
         l2=np.full(len(plans), l2, np.float32),
         n_steps=config.n_steps,
     )
-    return FittedHeads(dense, fit_sae_heads(plans, rows, texts, acts, sae, targets, config))
+    return FittedHeads(dense, fit_sae_heads(plans, rows, acts, targets, config))
 
 
 def fit_sae_heads(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
-    texts: ResidualSet,
     acts: TextActs,
-    sae: SAE,
     targets: Targets,
     config: HeadConfig,
 ) -> tuple[SAEHead, ...]:
@@ -230,22 +201,15 @@ def fit_sae_heads(
             heads.append(SAEHead((), np.empty(0, np.float32), np.empty(0, np.float32)))
             continue
         ids = [e.latent_id for e in evidence]
-        latent_acts = latent_acts_of(sae, texts, ids)
-        scale = _scales(latent_acts, config.scale_quantile)
-        windows = windows_of(np.minimum(latent_acts / scale, 1.0), texts.starts, config.window)
+        features = acts.clipped[:, ids]
         target = targets.target[:, [column]]
         weight = targets.weight[:, [column]]
 
         def fit(
-            features: ndarray,
-            l1: float,
-            starts: ndarray = windows.starts,
-            target: ndarray = target,
-            weight: ndarray = weight,
+            features: ndarray, l1: float, target: ndarray = target, weight: ndarray = weight
         ) -> Float32[ndarray, " n"]:
-            found = fit_pooled_heads(
+            found = fit_linear_heads(
                 features,
-                starts,
                 target,
                 weight,
                 l2=np.array([config.sae_l2], np.float32),
@@ -256,24 +220,16 @@ def fit_sae_heads(
             )
             return found.weight[:, 0]
 
-        first = fit(windows.features, config.sae_l1)
-        deviation = windows.features.std(axis=0)
+        first = fit(features, config.sae_l1)
+        deviation = features.std(axis=0)
         strongest = np.argsort(-first * deviation, kind="stable")[: config.n_latents]
         strongest = np.sort(strongest[first[strongest] > 0])
-        second = fit(windows.features[:, strongest], 0.0)
+        second = fit(features[:, strongest], 0.0)
         keep = second > 0
         kept = strongest[keep]
-        heads.append(SAEHead(tuple(evidence[i] for i in kept), second[keep], scale[kept]))
+        scale = acts.scale[np.array(ids)[kept]]
+        heads.append(SAEHead(tuple(evidence[i] for i in kept), second[keep], scale))
     return tuple(heads)
-
-
-def _scales(acts: Float32[ndarray, "total n"], quantile: float) -> Float32[ndarray, " n"]:
-    scales = np.ones(acts.shape[1], np.float32)
-    for column in range(acts.shape[1]):
-        active = acts[acts[:, column] > 0, column]
-        if len(active):
-            scales[column] = np.quantile(active, quantile)
-    return scales
 
 
 class Fusion(NamedTuple):
@@ -289,7 +245,7 @@ def token_pairs(
 ) -> Float32[ndarray, "total n_clusters 2"]:
     """SAE and dense logit of every token."""
     pairs = np.empty((len(texts.resid), len(heads.sae), 2), np.float32)
-    pairs[:, :, 1] = np.asarray(texts.resid) @ heads.dense.weight + heads.dense.bias
+    pairs[:, :, 1] = heads.dense.logits(np.asarray(texts.resid))
     for column, head in enumerate(heads.sae):
         ids = [e.latent_id for e in head.evidence]
         if ids:
@@ -311,10 +267,8 @@ def fit_fusion(
     targets = targets_of(plans, rows, config.other_harm_weight)
     result = np.zeros((3, len(plans)), np.float32)
     for column in range(len(plans)):
-        windows = windows_of(pairs[:, column], starts, config.window)
-        fitted = fit_pooled_heads(
-            windows.features,
-            windows.starts,
+        fitted = fit_linear_heads(
+            text_means(pairs[:, column], starts),
             targets.target[:, [column]],
             targets.weight[:, [column]],
             l2=np.array([1e-3], np.float32),
@@ -330,7 +284,7 @@ def cross_fitted_pairs(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
     texts: ResidualSet,
-    windows: Windows,
+    means: Float32[ndarray, "n_texts d_in"],
     acts: TextActs,
     sae: SAE,
     folds: Int64[ndarray, " n_texts"],
@@ -346,10 +300,8 @@ def cross_fitted_pairs(
         heads = fit_heads(
             plans,
             [rows[int(i)] for i in train],
-            texts.subset(train),
-            windows.of(train),
-            TextActs(acts.mean[train], acts.fires[train]),
-            sae,
+            means[train],
+            acts.of(train),
             l2,
             config,
         )

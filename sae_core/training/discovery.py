@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from sae_core.sae import SAE
 from sae_core.training.examples import ResidualSet
 from sae_core.training.token_features import latent_chunks
 
+SCALE_QUANTILE = 0.9
 BROAD = "*"
 """A cluster's category that stands for every harmful row."""
 
@@ -45,6 +47,14 @@ class TextActs(NamedTuple):
 
     mean: Float32[ndarray, "n_texts d_sae"]
     fires: Bool[ndarray, "n_texts d_sae"]
+    clipped: Float32[ndarray, "n_texts d_sae"]
+    """Mean of min(act / scale, 1): what the transform `clip` makes of a latent."""
+    scale: Float32[ndarray, " d_sae"]
+    """90 % quantile of a latent's activations where it fires; 1 where it never does."""
+
+    def of(self, texts: Int64[ndarray, " n"]) -> TextActs:
+        """Some of the texts, on the same scales."""
+        return TextActs(self.mean[texts], self.fires[texts], self.clipped[texts], self.scale)
 
 
 class LatentEvidence(NamedTuple):
@@ -64,18 +74,37 @@ class LatentEvidence(NamedTuple):
 
 
 def text_acts(sae: SAE, texts: ResidualSet) -> TextActs:
-    """Mean activation and firing of every latent in every text."""
+    """Mean, firing and clipped mean of every latent in every text."""
     n, d_sae = len(texts), sae.config.d_sae
-    total = np.zeros((n, d_sae), np.float32)
-    fires = np.zeros((n, d_sae), np.bool_)
     text_of = texts.text_of_token()
+    cells, values = [], []  # of the few pairs of token and latent that are active
     for part, acts in latent_chunks(sae, texts):
-        owners = text_of[part]
-        edges = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]])
-        total[owners[edges]] += np.add.reduceat(acts, edges, axis=0)
-        fires[owners[edges]] |= np.maximum.reduceat(acts, edges, axis=0) > 0
-    total /= np.maximum(np.diff(texts.starts), 1)[:, None]
-    return TextActs(total, fires)
+        rows, latents = np.nonzero(acts)
+        cells.append(text_of[part][rows] * d_sae + latents)
+        values.append(acts[rows, latents])
+    cell = np.concatenate(cells) if cells else np.empty(0, np.int64)
+    value = np.concatenate(values) if values else np.empty(0, np.float32)
+    scale = _scales(cell % d_sae, value, d_sae)
+    lengths = np.maximum(np.diff(texts.starts), 1)[:, None]
+
+    def means(of_active: Float32[ndarray, " n_active"]) -> Float32[ndarray, "n_texts d_sae"]:
+        sums = np.bincount(cell, weights=of_active, minlength=n * d_sae).reshape(n, d_sae)
+        return (sums / lengths).astype(np.float32)
+
+    mean = means(value)
+    return TextActs(mean, mean > 0, means(np.minimum(value / scale[cell % d_sae], 1.0)), scale)
+
+
+def _scales(
+    latent_of: Int64[ndarray, " n_active"], value: Float32[ndarray, " n_active"], d_sae: int
+) -> Float32[ndarray, " d_sae"]:
+    order = np.argsort(latent_of, kind="stable")
+    edges = np.searchsorted(latent_of[order], np.arange(d_sae + 1))
+    scale = np.ones(d_sae, np.float32)
+    for latent, (start, stop) in enumerate(pairwise(edges.tolist())):
+        if stop > start:
+            scale[latent] = np.quantile(value[order[start:stop]], SCALE_QUANTILE)
+    return scale
 
 
 def benign_ranks(

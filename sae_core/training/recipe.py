@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from sae_core.training.batch_topk import SAETrainConfig
+from sae_core.training.dense_heads import HeadConfig
 from sae_core.training.discovery import BROAD, ClusterPlan
+from sae_core.training.sae_train_config import SAETrainConfig
 
 HOOK_POINT = "blocks.8.hook_resid_post"
 """The ninth of Gemma 3 270M's eighteen layers: the middle, where topics are linear already."""
 
 SAE_CONFIG = SAETrainConfig(
-    hook_point=HOOK_POINT,
-    n_latents=8192,
-    k=48,
+    d_sae=8192,
+    l0_target=48.0,
     total_tokens=3_100_000,
     learning_rate=2e-3,
     buffer_tokens=65_536,
-    n_workers=2,
 )
 """Rate and tempering from short runs on 120,000 tokens (FVU 0.26 at 1e-3, 0.08 at 3e-3; median
 dimension 3.2 without tempering, 0.55 to 0.80 with it); 2e-3 for a run 25 times as long."""
@@ -38,6 +37,28 @@ CORPUS_KEEP = {
 CORPUS_KEEP_OTHERS = 0.095
 """Share of each source's documents: in 3 million tokens a fair sample of the corpus would hold 4 %
 of harmful and dialogue text, too little for a dictionary that must tell risks apart."""
+
+HEAD_CONFIG = HeadConfig(n_folds=5, l2_grid=(1e-2, 3e-2, 1e-1), n_latents=32)
+
+ORIGINS = {
+    "advbench": "AdvBench",
+    "advbench_strings": "AdvBench",
+    "catqa": "red-instruct",
+    "dangerousqa": "red-instruct",
+    "harmfulqa": "red-instruct",
+    "gptfuzz_questions": "GPTFuzz",
+    "gptfuzz_responses": "GPTFuzz",
+    "gptfuzz_templates": "GPTFuzz",
+    "gpteacher_codegen": "GPTeacher",
+    "gpteacher_codegen_responses": "GPTeacher",
+    "gpteacher_roleplay": "GPTeacher",
+    "gpteacher_roleplay_responses": "GPTeacher",
+    "cse_interpreter": "CyberSecEval",
+    "cse_mitre_frr": "CyberSecEval",
+    "cse_prompt_injection": "CyberSecEval",
+    "self_instruct": "self-instruct",
+    "self_instruct_outputs": "self-instruct",
+}
 
 PLANS = (
     ClusterPlan(

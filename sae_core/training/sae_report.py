@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae_core.errors import TrainingError
 from sae_core.sae import SAE
-from sae_core.training.activations import TrainingError
+from sae_core.sae_config import THRESHOLDED
 
 CHUNK_TOKENS = 4096
 RATE_EDGES = (0.0, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -72,15 +73,14 @@ def measure_sae(sae: SAE, resid: Float[Tensor, "total d_in"]) -> SAEReport:
     )
 
 
-def threshold_for_l0(
-    sae: SAE, resid: Float[Tensor, "total d_in"], l0: float, *, n_bins: int = 4096
-) -> float:
-    """The one threshold at which the SAE's mean number of active latents is `l0`.
+def with_l0(sae: SAE, resid: Float[Tensor, "total d_in"], l0: float, *, n_bins: int = 4096) -> SAE:
+    """The SAE with the one threshold for all latents at which its mean L0 on the rows is `l0`.
 
-    Read off a histogram of pre-activations, so it is right to about one bin in `n_bins`.
+    Read off a histogram of pre-activations, so it is right to about one bin in `n_bins`. Raises
+    TrainingError for an SAE without thresholds.
     """
     threshold = sae.weights.threshold
-    if threshold is None:
+    if sae.config.architecture not in THRESHOLDED or threshold is None:
         raise TrainingError(f"a {sae.config.architecture} SAE has no threshold to set")
     top = 4.0 * max(float(threshold.max()), 1e-6)
     counts = torch.zeros(n_bins, dtype=torch.float64)
@@ -94,4 +94,5 @@ def threshold_for_l0(
     n_active = counts.flip(0).cumsum(0).flip(0) + above  # at the lower edge of each bin
     wanted = l0 * len(resid)
     bin_index = int((n_active >= wanted).sum()) - 1
-    return max(0.0, bin_index) * top / n_bins
+    found = torch.full_like(threshold, max(0.0, bin_index) * top / n_bins)
+    return SAE(sae.config, sae.weights._replace(threshold=found), sae.card)

@@ -1,301 +1,255 @@
-"""Trains a BatchTopK SAE on a language model's residual stream, from texts to a SAELens folder.
+"""The training loop: texts -> contexts -> activations -> SAEs, one or several at each hook point.
 
-The learned thresholded encoder is stored as a JumpReLU with one constant threshold, which is how
-SAELens publishes BatchTopK. Checkpoints hold parameters, Adam moments and counters; a resumed run
-skips the contexts already used and refills its shuffle buffer from the following ones.
+All SAEs of a run share one forward pass of the language model and see the same tokens. A run that
+is stopped at any moment and taken up again ends with the bits of one that was not, on a CPU.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from sae_core.formats.saelens_writer import save_saelens
-from sae_core.hook_points import parse_hook_point
-from sae_core.language_model.loading import load_language_model
-from sae_core.language_model.tokenizer import load_tokenizer
-from sae_core.sae import SAE
-from sae_core.sae_config import SAECard, SAEConfig
+from sae_core.errors import TrainingError, TrainingStopped
 from sae_core.sae_weights import SAEWeights
-from sae_core.training.activations import (
-    ActivationBuffer,
-    ContextForward,
-    TextEncoder,
-    TrainingError,
-    language_model_forward,
-    token_contexts,
-)
-from sae_core.training.batch_topk import BatchTopK, InputTransform, SAETrainConfig
-from sae_core.training.sae_report import SAEReport, measure_sae, threshold_for_l0
+from sae_core.training.activation_buffer import ActivationBuffer
+from sae_core.training.activations import ActivationsForward, TextEncoder, token_contexts
+from sae_core.training.input_transform import InputTransform
+from sae_core.training.pace import Pace
+from sae_core.training.sae_checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from sae_core.training.sae_learner import SAELearner, StepStats
+from sae_core.training.sae_train_config import SAETrainConfig, planned_saes
+
+Rows = TypeVar("Rows")
+TRANSFORM_TOKENS = 32_768
+"""Tokens that the input transform is fitted on: a deviation known to half a percent."""
 
 
 class TrainProgress(NamedTuple):
     """Where a run stands, for a progress line."""
 
+    what: str
+    """`training`, or `reading activations` while the buffer is filled."""
     n_tokens: int
+    """Trained on."""
     total_tokens: int
-    fvu: float
-    """Of the last batch, in the training space."""
-    l0: float
-    dead_share: float
+    n_read: int
+    """Of the filling that is under way, 0 while training."""
+    n_to_read: int
+    stats: Mapping[str, StepStats]
+    """Of the last batch, by the SAE's name; empty before the first."""
     tokens_per_second: float
-    seconds_left: float
+    """Read and trained on, since this start."""
+    seconds_left: float | None
+    """None while there is nothing to tell it from, as before the first batch."""
 
 
 class TrainedSAE(NamedTuple):
-    """An SAE in the raw units of the residual stream; the threshold is one number."""
+    """One SAE in the raw units of its hook point."""
 
-    W_enc: Float[Tensor, "d_in d_sae"]
-    b_enc: Float[Tensor, " d_sae"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    threshold: float
-    n_tokens: int
-    n_contexts: int
-    seconds: float
-    data_digest: str
+    weights: SAEWeights
     dead_share: float
     """Share of latents that did not fire on the last `dead_after_tokens` tokens of training."""
 
 
-def train_sae_on(
-    config: SAETrainConfig,
-    texts: Iterable[str],
-    tokenizer: TextEncoder,
-    forward: ContextForward,
-    *,
-    checkpoint: Path | None = None,
-    progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> TrainedSAE:
-    """Train on the texts in their order; stops at `total_tokens` or when the texts run out.
+class TrainedRun(NamedTuple):
+    """What a run gave."""
 
-    With `checkpoint` (a folder) the run saves itself there and takes up where it left off; a
-    checkpoint of another configuration is refused, save that `total_tokens` may change.
+    saes: Mapping[str, TrainedSAE]
+    """By name; see `planned_saes`."""
+    n_tokens: int
+    n_contexts: int
+    seconds: float
+    data_digest: str
+    """sha256 over the tokens that were read; see `ActivationBuffer`."""
+
+
+class SAETrainer:
+    """One run; `train` runs it to its end.
+
+    Args:
+        config: Shared by all SAEs, but for the number of latents where `d_saes` gives several.
+        texts: Read in their order; the run stops at `total_tokens` or when they run out.
+        d_saes: Numbers of latents, for each of which there is an SAE at every hook point; none
+            given means `config.d_sae`. The hook point seeds an SAE, not the others beside it.
+        checkpoint: A folder in which the run saves itself; where one is there already, it is
+            taken up. None keeps none.
+        facts: More that a checkpoint is bound to, such as the model's digest.
+        buffer_folder: Where activations wait; None keeps them in memory.
+        progress: Called after every step and every forward pass.
+        should_stop: Asked at the same moments; True saves a checkpoint and raises TrainingStopped.
+
+    Raises:
+        TrainingError: Too little text, or a checkpoint of another run or other texts.
     """
-    digest = hashlib.sha256()
 
-    def hashed(source: Iterable[str]) -> Iterable[str]:
-        for text in source:
-            digest.update(len(text.encode()).to_bytes(8, "big") + text.encode())
-            yield text
+    def __init__(
+        self,
+        config: SAETrainConfig,
+        texts: Iterable[str],
+        tokenizer: TextEncoder,
+        forward: ActivationsForward,
+        *,
+        d_saes: Sequence[int] = (),
+        checkpoint: Path | None = None,
+        facts: Mapping[str, Any] | None = None,
+        buffer_folder: Path | None = None,
+        progress: Callable[[TrainProgress], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config = config
+        self.hook_points = tuple(forward.widths)
+        self.plans = planned_saes(config, self.hook_points, d_saes)
+        self._checkpoint = checkpoint
+        self._identity = {
+            **config.identity(),
+            **(facts or {}),
+            "hook_points": list(self.hook_points),
+            "widths": list(forward.widths.values()),
+        }
+        if len(self.plans) > len(self.hook_points):
+            self._identity["saes"] = list(self.plans)
+        self._progress, self._should_stop = progress, should_stop
+        n_steps = -(-config.total_tokens // config.batch_tokens)
+        self._buffer = ActivationBuffer(
+            token_contexts(texts, tokenizer, config.context_tokens),
+            forward,
+            capacity=config.buffer_tokens,
+            forward_tokens=config.forward_tokens,
+            total_tokens=n_steps * config.batch_tokens + config.context_tokens,
+            seed=config.seed,
+            folder=buffer_folder,
+            on_forward=self._on_forward,
+        )
+        self._learners: dict[str, SAELearner] = {}
+        self._stats: dict[str, StepStats] = {}
+        self._seconds_before = 0.0
+        self._pace = Pace()
+        self._started = time.monotonic()
 
-    generator = torch.Generator().manual_seed(config.seed)
-    buffer = ActivationBuffer(
-        token_contexts(hashed(texts), tokenizer, config.context_tokens),
-        forward,
-        capacity=config.buffer_tokens,
-        forward_tokens=config.forward_tokens,
-        generator=generator,
-        n_workers=config.n_workers,
-    )
-    saved = _read_checkpoint(checkpoint, config) if checkpoint else None
-    if saved is None:
-        sample = buffer.peek()
-        trainer = BatchTopK(config, InputTransform.fit(sample, config.tempering))
-        seconds_before = 0.0
-    else:
-        tensors, facts = saved
-        trainer = BatchTopK.from_state(config, tensors)
-        buffer.skip_contexts(int(facts["n_contexts"]))
-        seconds_before = float(facts["seconds"])
-    started = last_saved = time.monotonic()
-    tokens_before = trainer.n_tokens
-    while trainer.n_tokens < config.total_tokens:
-        rows = buffer.take(config.batch_tokens)
-        if rows is None:
-            break
-        stats = trainer.step(rows)
-        now = time.monotonic()
-        rate = (trainer.n_tokens - tokens_before) / max(now - started, 1e-9)
-        progress(
+    @property
+    def n_tokens(self) -> int:
+        """Trained on so far."""
+        return next((learner.n_tokens for learner in self._learners.values()), 0)
+
+    def train(self) -> TrainedRun:
+        """Runs to the end; with a checkpoint, from where it left off."""
+        config = self.config
+        self._started = last_saved = time.monotonic()
+        try:
+            self._take_up()
+            while self.n_tokens < config.total_tokens:
+                rows = self._paced(lambda: self._buffer.take(config.batch_tokens))
+                if rows is None:
+                    break
+                began = time.monotonic()
+                self._stats = {
+                    name: learner.step(rows[self.plans[name].hook_point])
+                    for name, learner in self._learners.items()
+                }
+                self._pace.trained(config.batch_tokens, time.monotonic() - began)
+                self._say("training", 0, 0)
+                if self._should_stop():
+                    raise TrainingStopped
+                now = time.monotonic()
+                if self._checkpoint and now - last_saved > config.checkpoint_seconds:
+                    self._save()
+                    last_saved = time.monotonic()
+        except TrainingStopped:
+            raise TrainingStopped(self._stop()) from None
+        if self.n_tokens == 0:
+            raise TrainingError(
+                f"data: found fewer than the {config.batch_tokens} tokens of one batch"
+            )
+        self._save()
+        return TrainedRun(
+            saes={
+                name: TrainedSAE(learner.raw_weights(), learner.dead_share)
+                for name, learner in self._learners.items()
+            },
+            n_tokens=self.n_tokens,
+            n_contexts=self._buffer.n_contexts,
+            seconds=self._seconds(),
+            data_digest=self._buffer.data_digest,
+        )
+
+    def _take_up(self) -> None:
+        config = self.config
+        saved = read_checkpoint(self._checkpoint, self._identity) if self._checkpoint else None
+        if saved is None:
+            sample = self._paced(lambda: self._buffer.peek(TRANSFORM_TOKENS))
+            transforms = {
+                hook_point: InputTransform.fit(rows, config.tempering)
+                for hook_point, rows in sample.items()
+            }
+            for name, (hook_point, own) in self.plans.items():
+                seed = config.seed + self.hook_points.index(hook_point)
+                self._learners[name] = SAELearner(own, transforms[hook_point], seed=seed)
+            return
+        self._buffer.load_state(saved.buffer, n_contexts=saved.n_contexts, n_taken=saved.n_tokens)
+        if self._buffer.data_digest != saved.data_digest:
+            raise TrainingError(
+                f"checkpoint {self._checkpoint}: was made from other texts (sha256 "
+                f"{saved.data_digest:.12}, found {self._buffer.data_digest:.12}), expected the "
+                "same data"
+            )
+        for (name, plan), tensors in zip(self.plans.items(), saved.learners, strict=True):
+            self._learners[name] = SAELearner.from_state(plan.config, dict(tensors))
+        self._seconds_before = saved.seconds
+
+    def _paced(self, give: Callable[[], Rows]) -> Rows:
+        """What the buffer gives; the time and the tokens that it reads for that are counted."""
+        began, n_before = time.monotonic(), self._buffer.n_to_compute
+        rows = give()
+        self._pace.read(n_before - self._buffer.n_to_compute, time.monotonic() - began)
+        return rows
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.monotonic() - self._started
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        write_checkpoint(
+            self._checkpoint,
+            Checkpoint(
+                identity=self._identity,
+                n_tokens=self.n_tokens,
+                n_contexts=self._buffer.n_contexts,
+                seconds=self._seconds(),
+                data_digest=self._buffer.data_digest,
+                buffer=self._buffer.state(),
+                learners=[learner.state() for learner in self._learners.values()],
+            ),
+        )
+
+    def _stop(self) -> str:
+        """Saves, and says what there is."""
+        total = f"{self.n_tokens:,} of {self.config.total_tokens:,} tokens"
+        if self._checkpoint is None or not self.n_tokens:
+            return f"stopped after {total}; nothing was saved"
+        self._save()
+        return f"stopped after {total}; resume from {self._checkpoint}"
+
+    def _on_forward(self, n_read: int, n_to_read: int) -> None:
+        self._say("reading activations", n_read, n_to_read)
+        if self._should_stop():
+            raise TrainingStopped
+
+    def _say(self, what: str, n_read: int, n_to_read: int) -> None:
+        n_tokens, total = self.n_tokens, self.config.total_tokens
+        n_left = max(0, total - n_tokens)
+        n_to_come = max(0, self._buffer.n_to_compute - n_read)
+        self._progress(
             TrainProgress(
-                n_tokens=trainer.n_tokens,
-                total_tokens=config.total_tokens,
-                fvu=stats.fvu,
-                l0=stats.l0,
-                dead_share=stats.dead_share,
-                tokens_per_second=rate,
-                seconds_left=max(0.0, config.total_tokens - trainer.n_tokens) / max(rate, 1e-9),
+                what=what,
+                n_tokens=n_tokens,
+                total_tokens=total,
+                n_read=n_read,
+                n_to_read=n_to_read,
+                stats=self._stats,
+                tokens_per_second=self._pace.tokens_per_second,
+                seconds_left=self._pace.seconds_left(min(n_to_come, n_left), n_left),
             )
         )
-        if checkpoint and now - last_saved > config.checkpoint_seconds:
-            _write_checkpoint(checkpoint, config, trainer, buffer, seconds_before + now - started)
-            last_saved = now
-    buffer.close()
-    seconds = seconds_before + time.monotonic() - started
-    if trainer.n_tokens == 0:
-        raise TrainingError(f"the texts gave fewer than {config.batch_tokens} tokens")
-    if checkpoint:
-        _write_checkpoint(checkpoint, config, trainer, buffer, seconds)
-    W_enc, b_enc, W_dec, b_dec, threshold = trainer.raw_weights()
-    return TrainedSAE(
-        W_enc=W_enc,
-        b_enc=b_enc,
-        W_dec=W_dec,
-        b_dec=b_dec,
-        threshold=threshold,
-        n_tokens=trainer.n_tokens,
-        n_contexts=buffer.n_contexts,
-        seconds=seconds,
-        data_digest=digest.hexdigest(),
-        dead_share=float((trainer.tokens_since_fired >= config.dead_after_tokens).double().mean()),
-    )
-
-
-def _identity(config: SAETrainConfig) -> dict[str, object]:
-    facts = dataclasses.asdict(config)
-    for name in ("total_tokens", "checkpoint_seconds", "forward_tokens", "n_workers"):
-        del facts[name]
-    return facts
-
-
-def _write_checkpoint(
-    folder: Path,
-    config: SAETrainConfig,
-    trainer: BatchTopK,
-    buffer: ActivationBuffer,
-    seconds: float,
-) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in trainer.state().items()},
-        folder / "state.safetensors.new",
-        metadata={
-            "config": json.dumps(_identity(config), sort_keys=True),
-            "n_contexts": str(buffer.n_contexts),
-            "seconds": str(seconds),
-        },
-    )
-    (folder / "state.safetensors.new").replace(folder / "state.safetensors")
-
-
-def _read_checkpoint(
-    folder: Path, config: SAETrainConfig
-) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    path = folder / "state.safetensors"
-    if not path.is_file():
-        return None
-    with safe_open(path, framework="pt") as file:
-        facts = dict(file.metadata())
-    if json.loads(facts["config"]) != json.loads(json.dumps(_identity(config))):
-        raise TrainingError(
-            f"checkpoint {path} was made with {facts['config']}, "
-            f"expected {json.dumps(_identity(config), sort_keys=True)}"
-        )
-    return load_file(path), facts
-
-
-def train_sae(
-    config: SAETrainConfig,
-    texts: Iterable[str],
-    held_out: Iterable[str],
-    model_folder: Path,
-    out: Path,
-    *,
-    model_name: str,
-    checkpoint: Path | None = None,
-    held_out_tokens: int = 60_000,
-    progress: Callable[[TrainProgress], None] = lambda _: None,
-) -> SAEReport:
-    """Train an SAE on a model folder's residual stream and write it to `out` as SAELens has it.
-
-    The threshold is set on one half of the held-out activations so that L0 is `config.k`; FVU,
-    L0, dead share and firing rates are measured in float32 on the other half, with the weights
-    as stored (bfloat16), and kept in cfg.json.
-    """
-    hook_point = parse_hook_point(config.hook_point)
-    model = load_language_model(model_folder, [hook_point])
-    tokenizer = load_tokenizer(model_folder)
-    trained = train_sae_on(
-        config,
-        texts,
-        tokenizer,
-        language_model_forward(model, hook_point, mixed_precision=config.dtype == "bfloat16"),
-        checkpoint=checkpoint,
-        progress=progress,
-    )
-    exact = language_model_forward(model, hook_point, mixed_precision=False)
-    resid = held_out_activations(held_out, tokenizer, exact, config.context_tokens, held_out_tokens)
-    return write_trained(trained, config, resid, out, model_name=model_name)
-
-
-def held_out_activations(
-    texts: Iterable[str],
-    tokenizer: TextEncoder,
-    forward: ContextForward,
-    context_tokens: int,
-    n_tokens: int,
-) -> Float[Tensor, "total d_in"]:
-    """Activations of about `n_tokens` tokens of the texts, in their order."""
-    parts: list[Tensor] = []
-    found = 0
-    for context in token_contexts(texts, tokenizer, context_tokens):
-        parts.append(forward([context]))
-        found += len(parts[-1])
-        if found >= n_tokens:
-            break
-    if not parts:
-        raise TrainingError("the held-out texts gave no context of at least four tokens")
-    return torch.cat(parts)
-
-
-def write_trained(
-    trained: TrainedSAE,
-    config: SAETrainConfig,
-    resid: Float[Tensor, "total d_in"],
-    out: Path,
-    *,
-    model_name: str,
-) -> SAEReport:
-    """Round, set the threshold, measure, and write the SAELens folder; returns what it measured."""
-    d_in, d_sae = trained.W_enc.shape
-
-    def sae_with(threshold: float, metadata: dict[str, object]) -> SAE:
-        return SAE(
-            SAEConfig(
-                architecture="jumprelu",
-                d_in=d_in,
-                d_sae=d_sae,
-                apply_b_dec_to_input=True,
-            ),
-            SAEWeights(
-                W_enc=trained.W_enc.bfloat16().float(),
-                b_enc=trained.b_enc,
-                W_dec=trained.W_dec.bfloat16().float(),
-                b_dec=trained.b_dec,
-                threshold=torch.full((d_sae,), threshold),
-            ),
-            SAECard(hook_point=config.hook_point, model_name=model_name, facts=metadata),
-        )
-
-    half = len(resid) // 2
-    threshold = threshold_for_l0(sae_with(trained.threshold, {}), resid[:half], float(config.k))
-    report = measure_sae(sae_with(threshold, {}), resid[half:])
-    metadata: dict[str, object] = {
-        "training_architecture": "batchtopk",
-        "prepend_bos": True,
-        "exclude_special_tokens": True,
-        "context_size": config.context_tokens,
-        "training": {
-            **dataclasses.asdict(config),
-            "tokens_seen": trained.n_tokens,
-            "contexts_seen": trained.n_contexts,
-            "seconds": round(trained.seconds, 1),
-            "data_digest": trained.data_digest,
-            "dead_share": trained.dead_share,
-        },
-        "held_out": report.to_json(),
-    }
-    save_saelens(sae_with(threshold, metadata), out, dtype="bfloat16")
-    return report

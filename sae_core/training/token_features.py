@@ -1,8 +1,4 @@
-"""Per-token numbers of labelled texts, arranged for training and for scoring.
-
-The deployed aggregation takes the largest rolling mean of a linear logit. The rolling mean of a
-linear logit is the logit of the rolling mean, so heads are trained on rolling means directly.
-"""
+"""Per-token numbers of labelled texts, arranged for training and for scoring."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from sae_core.aggregation import AggregateSpec, Aggregator
@@ -20,38 +16,6 @@ from sae_core.training.examples import ResidualSet
 
 CHUNK_TOKENS = 8192
 """Tokens encoded at a time; 8192 x 8192 float32 latent acts are 256 MiB."""
-
-
-def rolling_means(
-    values: Float32[ndarray, "total n"], starts: Int64[ndarray, " n_texts_and_one"], window: int
-) -> Float32[ndarray, "total n"]:
-    """Mean of each token and the `window - 1` before it in the same text (fewer at its start)."""
-    means = np.empty_like(values)
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
-        if begin == end:
-            continue
-        sums = np.cumsum(values[begin:end], axis=0, dtype=np.float64)
-        sums[window:] -= sums[:-window].copy()
-        counts = np.minimum(np.arange(1, end - begin + 1), window)
-        means[begin:end] = sums / counts[:, None]
-    return means
-
-
-def training_positions(
-    starts: Int64[ndarray, " n_texts_and_one"], *, window: int, first: int, stride: int
-) -> Bool[ndarray, " total"]:
-    """The window ends that heads are trained on.
-
-    Those before position `first` cannot alert (too little evidence) and are left out, unless the
-    text is as short; beyond the first full window every `stride`-th is taken, and the last.
-    """
-    lengths = np.diff(starts)
-    position = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
-    last = np.repeat(lengths - 1, lengths)
-    is_early = (position >= first) & (position < window)
-    chosen: ndarray = is_early | ((position >= window) & (position % stride == 0))
-    chosen |= position == last
-    return chosen
 
 
 def latent_chunks(
@@ -74,6 +38,31 @@ def latent_acts_of(
     for part, values in latent_chunks(sae, texts, latent_ids):
         acts[part] = values
     return acts
+
+
+def latent_scales(
+    acts: Float32[ndarray, "total n_latents"], quantile: float
+) -> Float32[ndarray, " n_latents"]:
+    """The quantile of each latent's activations where it fires; 1 where it never does."""
+    scales = np.ones(acts.shape[1], np.float32)
+    for column in range(acts.shape[1]):
+        active = acts[acts[:, column] > 0, column]
+        if len(active):
+            scales[column] = np.quantile(active, quantile)
+    return scales
+
+
+def text_means(
+    values: Float32[ndarray, "total n"], starts: Int64[ndarray, " n_texts_and_one"]
+) -> Float32[ndarray, "n_texts n"]:
+    """Mean over each text's tokens, 0 for a text of none: what the aggregate `mean` sees."""
+    lengths = np.diff(starts)
+    means = np.zeros((len(lengths), values.shape[1]), np.float32)
+    full = np.flatnonzero(lengths > 0)
+    if len(full):
+        sums = np.add.reduceat(values, starts[:-1][full], axis=0)
+        means[full] = sums / lengths[full][:, None]
+    return means
 
 
 def token_logits(

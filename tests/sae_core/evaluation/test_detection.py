@@ -115,7 +115,7 @@ def test_labelled_rows_are_read_and_digested(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "has no rows"), ("{}", "line 1"), ('{"text": "a", "label": "bad"}', "label is 'bad'")],
+    [("", "found no rows"), ("{}", "line 1"), ('{"text": "a", "label": "bad"}', "label is 'bad'")],
 )
 def test_bad_data_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "rows.jsonl"

@@ -5,16 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from safetensors.numpy import load_file
 
+from sae_core.baseline import Baseline
 from sae_core.evaluation.detection import Evaluation
 from sae_core.formats import load_sae
+from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.testing.models import tiny_model_folder
-from sae_core.training.batch_topk import SAETrainConfig
-from sae_core.training.build import BuildInputs, build_default
+from sae_core.training.build import build_default
+from sae_core.training.build_heads import BuildInputs
 from sae_core.training.dense_heads import HeadConfig
 from sae_core.training.discovery import BROAD, ClusterPlan
+from sae_core.training.sae_train_config import SAETrainConfig
 
 HOOK_POINT = "blocks.1.hook_resid_post"
 PLANS = (
@@ -61,14 +65,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildInputs, Evalua
         model_package=None,
         corpus=root / "corpus",
         train=_write(root / "train.jsonl", _labelled(160, 1)),
-        val=_write(root / "val.jsonl", _labelled(640, 2)),
+        val=_write(root / "val.jsonl", _labelled(920, 2)),
         work=root / "work",
         out=root / "bundle",
         name="tiny",
+        hook_point=HOOK_POINT,
         sae_config=SAETrainConfig(
-            hook_point=HOOK_POINT,
-            n_latents=64,
-            k=8,
+            d_sae=64,
+            l0_target=8.0,
             total_tokens=4096,
             batch_tokens=256,
             buffer_tokens=1024,
@@ -116,6 +120,54 @@ def test_parts_fit_each_other(built: tuple[BuildInputs, Evaluation]) -> None:
         assert cluster["latents"]
         assert all(0 <= t["id"] < 64 and t["weight"] > 0 for t in cluster["latents"])
     assert "Gemma Terms" in (out / "CARD.md").read_text()
+
+
+def test_baseline_is_what_the_benign_texts_do_to_the_sae(
+    built: tuple[BuildInputs, Evaluation],
+) -> None:
+    inputs, _ = built
+    out = inputs.out
+    artefact = json.loads((out / "calibration" / "default.json").read_text())
+    baseline = Baseline.from_json(artefact["baseline"], "default.json")
+    spec = yaml.safe_load((out / "bundle.yaml").read_text())
+    ids = sorted({t["id"] for c in spec["clusters"] for t in c["latents"]})
+    assert baseline.latents == tuple(("l9", i) for i in ids)
+
+    sae, tokenizer = load_sae(out / "saes/l9"), load_tokenizer(inputs.model_folder)
+    n, firings, active, error = 0, np.zeros(len(ids)), 0.0, 0.0
+    variance = 0.0
+    for name, path in (("train", inputs.train), ("val", inputs.val)):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        resid = np.load(inputs.work / f"resid_{name}" / "resid.npy")
+        lengths = [len(tokenizer.encode(row["text"], add_bos=True)) - 1 for row in rows]
+        per_text = np.split(resid, np.cumsum(lengths)[:-1])
+        for row, x in zip(rows, per_text, strict=True):
+            if row["label"] == "harmful":
+                continue
+            acts = sae.encode(torch.from_numpy(x))
+            n += len(x)
+            firings += (acts[:, ids] != 0).sum(0).numpy()
+            active += float((acts != 0).sum())
+            recons = sae.decode(acts).numpy()
+            error += float(((x - recons).astype(np.float64) ** 2).sum())
+            variance += float(((x - x.mean(0)).astype(np.float64) ** 2).sum())
+    assert baseline.n_tokens == n
+    np.testing.assert_array_equal(baseline.firings, firings)
+    assert baseline.ratios["l0:l9"] == pytest.approx(active / n, rel=1e-5)
+    assert baseline.ratios["fvu:l9"] == pytest.approx(error / variance, rel=1e-4)
+
+
+def test_unseen_figures_are_of_heads_that_had_not_seen_the_data_set(
+    built: tuple[BuildInputs, Evaluation],
+) -> None:
+    out = built[0].out
+    unseen = json.loads((out / "evaluation.json").read_text())["unseen_sources"]
+    assert unseen["overall"]["n_harmful"] == 80
+    fused = unseen["overall"]["figures"]["fused"]["auroc"]
+    assert fused[1] <= fused[0] <= fused[2]
+    assert unseen["over_data_sets"]["figures"]["fused"]["auroc"][0] == fused[0]
+    assert {"fused", "dense", "sae"} == unseen["clusters"]["danger"]["figures"].keys()
+    assert f"| fused | {fused[0]:.3f} [" in (out / "CARD.md").read_text()
 
 
 def test_figures_show_the_planted_risk(built: tuple[BuildInputs, Evaluation]) -> None:

@@ -19,7 +19,6 @@ from sae_core.training.dense_heads import (
     fit_heads,
     source_folds,
     targets_of,
-    windows_of,
 )
 from sae_core.training.discovery import (
     BROAD,
@@ -30,15 +29,13 @@ from sae_core.training.discovery import (
     text_acts,
 )
 from sae_core.training.examples import ResidualSet, cached_residuals
-from sae_core.training.pooled_heads import fit_pooled_heads, pooled_scores
-from sae_core.training.token_features import rolling_means, text_scores, training_positions
+from sae_core.training.linear_heads import fit_linear_heads
+from sae_core.training.token_features import text_means, text_scores
 
 D_IN = 8
 PLAN = ClusterPlan(id="a", title="A", severity="warning", categories=("a",))
 ANY = ClusterPlan(id="any", title="Any", severity="warning", categories=(BROAD,))
-CONFIG = HeadConfig(
-    window=4, n_folds=2, l2_grid=(1e-3, 1e-2), n_candidates=4, n_latents=2, n_steps=80
-)
+CONFIG = HeadConfig(n_folds=2, l2_grid=(1e-3, 1e-2), n_candidates=4, n_latents=2, n_steps=80)
 
 
 def _identity_sae() -> SAE:
@@ -79,49 +76,27 @@ def _labelled() -> tuple[list[LabelledText], ResidualSet]:
     return rows, ResidualSet(resid, np.arange(len(resid), dtype=np.int32), starts)
 
 
-def test_rolling_means_are_the_plain_loop() -> None:
-    values = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    starts = np.array([0, 7, 8, 30])
-    found = rolling_means(values, starts, 4)
-    for begin, end in zip(starts[:-1], starts[1:], strict=True):
-        for t in range(begin, end):
-            np.testing.assert_allclose(
-                found[t], values[max(begin, t - 3) : t + 1].mean(axis=0), rtol=1e-5, atol=1e-6
-            )
-
-
-def test_every_text_keeps_a_training_position() -> None:
-    starts = np.array([0, 1, 3, 41])
-    chosen = training_positions(starts, window=16, first=2, stride=4)
-    assert np.add.reduceat(chosen, starts[:-1], dtype=int).tolist() == [1, 1, 14 + 6 + 1]
-
-
-def test_pooled_head_finds_a_short_burst_in_a_long_text() -> None:
+def test_a_head_on_means_finds_what_tells_texts_apart() -> None:
     rows, texts = _labelled()
-    windows = windows_of(texts.resid, texts.starts, CONFIG.window)
     targets = targets_of([PLAN], rows, 0.05)
-    heads = fit_pooled_heads(
-        windows.features,
-        windows.starts,
-        targets.target,
-        targets.weight,
-        l2=np.array([1e-4], np.float32),
-        n_steps=120,
+    means = text_means(texts.resid, texts.starts)
+    heads = fit_linear_heads(
+        means, targets.target, targets.weight, l2=np.array([1e-4], np.float32), n_steps=120
     )
     direction = heads.weight[:, 0] / np.linalg.norm(heads.weight[:, 0])
-    assert direction[2] > 0.8
-    scores = pooled_scores(heads, windows.features, windows.starts)[:, 0]
+    assert direction[2] > 0.6
+    scores = heads.logits(means)[:, 0].astype(np.float64)
     harmful = np.array([row.is_harmful for row in rows])
     assert auroc(scores[harmful], scores[~harmful]) > 0.97
+    of_tokens = text_means(heads.logits(texts.resid), texts.starts)
+    np.testing.assert_allclose(of_tokens, heads.logits(means), rtol=1e-4, atol=1e-4)
 
 
 def test_non_negative_heads_have_no_negative_weight() -> None:
     rows, texts = _labelled()
     targets = targets_of([PLAN], rows, 0.05)
-    windows = windows_of(-texts.resid, texts.starts, CONFIG.window)
-    heads = fit_pooled_heads(
-        windows.features,
-        windows.starts,
+    heads = fit_linear_heads(
+        text_means(-texts.resid, texts.starts),
         targets.target,
         targets.weight,
         l2=np.array([1e-3], np.float32),
@@ -161,8 +136,15 @@ def test_text_acts_are_means_over_the_text() -> None:
     _, texts = _labelled()
     acts = text_acts(_identity_sae(), texts)
     resid = texts.resid[texts.rows_of(7)]
-    expected = np.where(resid > 0.5, resid, 0).mean(axis=0)
-    np.testing.assert_allclose(acts.mean[7, :D_IN], expected, rtol=1e-5, atol=1e-6)
+    active = np.where(resid > 0.5, resid, 0)
+    np.testing.assert_allclose(acts.mean[7, :D_IN], active.mean(axis=0), rtol=1e-5, atol=1e-6)
+    for latent in range(D_IN):
+        column = texts.resid[:, latent]
+        scale = np.quantile(column[column > 0.5], 0.9)
+        assert acts.scale[latent] == pytest.approx(scale, rel=1e-5)
+        clipped = np.minimum(active[:, latent] / scale, 1.0).mean()
+        assert acts.clipped[7, latent] == pytest.approx(clipped, rel=1e-4, abs=1e-6)
+    assert acts.scale[D_IN] == 1.0
     assert (acts.fires[7, :D_IN] == (resid > 0.5).any(axis=0)).all()
 
 
@@ -175,33 +157,46 @@ def test_labels_name_the_tokens_of_a_latent() -> None:
 
 def test_folds_keep_a_data_set_whole() -> None:
     rows, _ = _labelled()
-    folds = source_folds(rows, 2)
-    for source in {row.source for row in rows}:
-        found = {int(f) for f, row in zip(folds, rows, strict=True) if row.source == source}
-        assert len(found) == 1
-    assert set(folds.tolist()) == {0, 1}
+    sources = {row.source for row in rows}
+
+    def folds_of(origins: dict[str, str]) -> dict[str, set[int]]:
+        found = source_folds(rows, 2, origins).tolist()
+        return {
+            source: {f for f, row in zip(found, rows, strict=True) if row.source == source}
+            for source in sources
+        }
+
+    alone = folds_of({})
+    assert all(len(folds) == 1 for folds in alone.values())
+    assert set.union(*alone.values()) == {0, 1}
+    together = folds_of({"s1": "x", "s2": "x", "s3": "x"})
+    assert together["s1"] == together["s2"] == together["s3"] != together["s0"]
 
 
 def test_heads_fusion_and_served_aggregation_agree() -> None:
     rows, texts = _labelled()
     sae, plans = _identity_sae(), [ANY, PLAN]
     acts = text_acts(sae, texts)
-    windows = windows_of(texts.resid, texts.starts, CONFIG.window)
-    folds = source_folds(rows, CONFIG.n_folds)
-    l2, results = choose_l2(plans, rows, windows, folds, CONFIG)
+    means = text_means(texts.resid, texts.starts)
+    folds = source_folds(rows, CONFIG.n_folds, {})
+    l2, results = choose_l2(plans, rows, means, folds, CONFIG)
     assert results[l2] == max(results.values()) > 0.9
-    pairs = cross_fitted_pairs(plans, rows, texts, windows, acts, sae, folds, l2, CONFIG)
+    pairs = cross_fitted_pairs(plans, rows, texts, means, acts, sae, folds, l2, CONFIG)
     fusion = fit_fusion(plans, rows, pairs, texts.starts, CONFIG)
     assert (fusion.sae >= 0).all()
     assert (fusion.dense >= 0).all()
     fused = fusion.bias + fusion.sae * pairs[:, :, 0] + fusion.dense * pairs[:, :, 1]
     logits = np.stack([fused, pairs[:, :, 1], pairs[:, :, 0]], axis=-1).astype(np.float32)
-    specs = [AggregateSpec(window=CONFIG.window, min_evidence_tokens=0)] * 2
+    specs = [AggregateSpec(kind="max_window_mean", window=16, min_evidence_tokens=0)] * 2
     scores = text_scores(logits, texts.starts, specs)
     harmful = np.array([row.is_harmful for row in rows])
     assert auroc(scores[harmful, 1, 0], scores[~harmful, 1, 0]) > 0.95
-    heads = fit_heads(plans, rows, texts, windows, acts, sae, l2, CONFIG)
-    assert [e.latent_id for e in heads.sae[1].evidence] == [2]
+    heads = fit_heads(plans, rows, means, acts, l2, CONFIG)
+    ids = [e.latent_id for e in heads.sae[1].evidence]
+    effect = heads.sae[1].weight * acts.clipped[:, ids].std(axis=0)
+    assert ids[int(effect.argmax())] == 2
+    assert 5 not in ids
+    assert np.sort(effect)[:-1].sum() < 0.25 * effect.max()
     assert (heads.sae[1].weight > 0).all()
     assert (heads.sae[1].scale > 0.5).all()
 
