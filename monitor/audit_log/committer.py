@@ -12,10 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from monitor.audit_log.chain import canonical_bytes
 from monitor.audit_log.queue import Entry, RecordQueue
-from monitor.audit_log.record import RecordKind
-from monitor.audit_log.store import AuditStore, DuplicateDecisionError
+from monitor.audit_log.store import AuditStore, Batch, DuplicateDecisionError
 from monitor.errors import AuditError
 
 log = logging.getLogger(__name__)
@@ -34,6 +32,7 @@ class Committer:
         *,
         commit_records: int,
         commit_delay_seconds: float,
+        checkpoint_seconds: float,
         clock: Callable[[], float],
         on_sync: Callable[[float], None] | None,
     ) -> None:
@@ -45,11 +44,15 @@ class Committer:
         """Records in attempts that failed; tried again, so counted as written later."""
         self.refused = 0
         """Records given up: the store would not have them, or the log closed before it could."""
+        self.checkpoint_failures = 0
+        """Attempts at a checkpoint, alone or with records, that failed."""
         self.last_sync_timestamp = 0.0
         self._queue = queue
         self._store = store
         self._commit_records = commit_records
         self._commit_delay_seconds = commit_delay_seconds
+        self._checkpoint_seconds = checkpoint_seconds
+        self._checkpoint_due = time.monotonic() + checkpoint_seconds
         self._clock = clock
         self._on_sync = on_sync
         self._thread = threading.Thread(target=self._run, name="audit-log", daemon=True)
@@ -63,31 +66,50 @@ class Committer:
         self._thread.join()
 
     def _run(self) -> None:
-        while group := self._queue.take(self._commit_records, self._commit_delay_seconds):
+        while (group := self._take()) is not None:
             try:
                 self._store_all(group)
             except Exception:
                 log.exception("audit log: an unexpected error cost %d records", len(group))
                 self.healthy = False
                 self._refuse(group, AuditError("the audit log failed; see the server's log"))
+            if time.monotonic() >= self._checkpoint_due:
+                self._checkpoint()
             self._queue.done()
+        self._checkpoint()
+
+    def _take(self) -> list[Entry] | None:
+        """The next group; an empty one where only a checkpoint is due."""
+        idle = max(0.0, self._checkpoint_due - time.monotonic()) if self._store.uncovered else None
+        return self._queue.take(self._commit_records, self._commit_delay_seconds, idle)
+
+    def _checkpoint(self) -> None:
+        self._checkpoint_due = time.monotonic() + self._checkpoint_seconds
+        if not self._store.uncovered or not self.healthy:
+            return
+        try:
+            self._store.commit(self._store.link_checkpoint())
+        except Exception as error:  # the thread goes on, and tries again
+            self.checkpoint_failures += 1
+            log.error("audit log: no checkpoint: %s", error)
 
     def _store_all(self, group: list[Entry]) -> None:
         """Commit a group, however often it takes, but for those records that cannot be stored."""
         while group:
-            try:
-                batch = self._store.link([entry.record for entry in group])
-            except AuditError:
-                group = self._without_malformed(group)
-                continue
-            while True:
+            group, batch = self._linked(group)
+            while group:
                 started = time.perf_counter()
                 try:
                     self._store.commit(batch)
                 except DuplicateDecisionError as error:
-                    group = self._without_duplicates(group, error)
+                    for place in error.places:
+                        decision = batch.rows[place].decision_id
+                        log.error("audit log: decision %s: %s", decision, error)
+                        self._refuse([group[place]], error)
+                    group = [e for place, e in enumerate(group) if place not in error.places]
                     break
                 except AuditError as error:
+                    self.checkpoint_failures += batch.checkpoint is not None
                     self._tell_failure(group, error)
                     if self._queue.may_give_up():
                         log.error("audit log: closed with %d records not written", len(group))
@@ -98,31 +120,25 @@ class Committer:
                     self._tell_success(group, batch.base.sequence, time.perf_counter() - started)
                     return
 
-    def _without_malformed(self, group: list[Entry]) -> list[Entry]:
+    def _linked(self, group: list[Entry]) -> tuple[list[Entry], Batch]:
+        """The entries whose records could be made and have bytes, and those records as a batch."""
+        linking = self._store.linking()
         good = []
         for entry in group:
+            record = None
             try:
-                canonical_bytes(entry.record.body("", 0))
+                record = entry.make()
+                linking.add(record)
             except AuditError as error:
-                log.error("audit log: decision %s: %s", entry.record.decision_id, error)
+                decision = None if record is None else record.decision_id
+                log.error("audit log: decision %s: %s", decision, error)
                 self._refuse([entry], error)
+            except Exception as error:
+                log.exception("audit log: a record could not be made")
+                self._refuse([entry], AuditError(f"an audit record cannot be made: {error}"))
             else:
                 good.append(entry)
-        return good
-
-    def _without_duplicates(self, group: list[Entry], error: AuditError) -> list[Entry]:
-        seen: set[str] = set()
-        good = []
-        for entry in group:
-            decision_id = entry.record.decision_id
-            if entry.record.kind is RecordKind.DECISION and decision_id is not None:
-                if decision_id in seen or self._store.holds(decision_id):
-                    log.error("audit log: decision %s: %s", decision_id, error)
-                    self._refuse([entry], error)
-                    continue
-                seen.add(decision_id)
-            good.append(entry)
-        return good
+        return good, self._store.batch(linking)
 
     def _tell_success(self, group: Sequence[Entry], base: int, seconds: float) -> None:
         if not self.healthy:

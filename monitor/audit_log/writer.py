@@ -9,23 +9,30 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from monitor.audit_log.chain import Json
+from monitor.audit_log.checkpoint import Signer
 from monitor.audit_log.committer import Committer
 from monitor.audit_log.queue import OnFull, RecordQueue
 from monitor.audit_log.record import (
-    AuditLevel,
+    Asked,
     AuditRecord,
+    Observed,
     RecordKind,
-    check_caller_key,
+    check_hash_key,
     decision_record,
+    held_bytes,
     parse_level,
     stream_alert_record,
 )
+from monitor.audit_log.sealing import KeyRing
 from monitor.audit_log.store import AuditStore
 from monitor.errors import AuditError, SettingsError
-from monitor.records import Decision, Mode, Provenance, StreamUpdate, Verdict
+from monitor.records import AuditLevel, Decision, Mode, Provenance, StreamUpdate, Verdict
+
+EVENT_BYTES = 8192
+"""About what an event of the server's own takes in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +46,19 @@ class AuditStatistics:
     """Records that will never be stored: no room, refused by the store, or left at close."""
     pending: int = 0
     """Records accepted and not yet on disk."""
+    pending_bytes: int = 0
+    """About what they keep in memory."""
     sequence: int = 0
     """Of the last record on disk."""
     last_sync_timestamp: float = 0.0
     """Unix time of the last commit; 0 before the first."""
+    uncovered: int = 0
+    """Records on disk of which no checkpoint speaks yet."""
+    checkpoint_failures: int = 0
+    """Attempts at a checkpoint that failed; each is made again."""
+    last_checkpoint_timestamp: float = 0.0
+    """Unix time of the chain's last checkpoint; 0 where it has none."""
+    last_checkpoint_signed: bool = False
 
 
 class AuditLog:
@@ -54,11 +70,14 @@ class AuditLog:
         *,
         level: AuditLevel,
         on_full: OnFull,
-        caller_key: bytes | None,
+        hash_key: bytes | None,
+        keys: KeyRing | None,
         queue_records: int,
+        queue_bytes: int,
         full_timeout_seconds: float,
         commit_records: int,
         commit_delay_seconds: float,
+        checkpoint_seconds: float,
         clock: Callable[[], float],
         on_sync: Callable[[float], None] | None,
     ) -> None:
@@ -66,11 +85,14 @@ class AuditLog:
         self.level = level
         self._store = store
         self._on_full = on_full
-        self._caller_key = caller_key
+        self._hash_key = hash_key
+        self._keys = keys
         self._queue_records = queue_records
+        self._queue_bytes = queue_bytes
         self._full_timeout_seconds = full_timeout_seconds
         self._commit_records = commit_records
         self._commit_delay_seconds = commit_delay_seconds
+        self._checkpoint_seconds = checkpoint_seconds
         self._clock = clock
         self._on_sync = on_sync
         self._queue: RecordQueue | None = None
@@ -83,11 +105,16 @@ class AuditLog:
         *,
         level: str = "scores",
         on_full: str = "block",
-        caller_key: bytes | None = None,
+        hash_key: bytes | None = None,
+        keys: KeyRing | None = None,
         chain: str = "main",
+        signer: Signer | None = None,
+        checkpoint_records: int = 1000,
+        checkpoint_seconds: float = 60.0,
         queue_records: int = 8192,
+        queue_bytes: int = 256 << 20,
         full_timeout_seconds: float = 5.0,
-        commit_records: int = 64,
+        commit_records: int = 256,
         commit_delay_seconds: float = 0.05,
         clock: Callable[[], float] = time.time,
         on_sync: Callable[[float], None] | None = None,
@@ -98,7 +125,17 @@ class AuditLog:
             on_full: block, an append waits for room and fails after `full_timeout_seconds`; or
                 drop, records that nobody waits for are dropped, and give way to those that
                 somebody does.
-            caller_key: callers are stored as HMAC-SHA256 under it, and not at all without one.
+            level: the most that is stored, and what is stored where a policy names no level.
+            hash_key: callers are stored as HMAC-SHA256 under it, and not at all without one;
+                digests of inputs are hashed with it too.
+            keys: what the levels above scores are sealed under; in the clear without.
+            chain: its name; of the servers that write to one PostgreSQL each has its own.
+            signer: signs the checkpoints; they are unsigned without.
+            checkpoint_records: records after which there is a checkpoint, at the latest.
+            checkpoint_seconds: the same in seconds; there is one on closing, too.
+            queue_records: the most that wait to be written.
+            queue_bytes: about the most memory that they may take together; one record alone may
+                take more.
             commit_delay_seconds: the longest that records nobody waits for are gathered.
             on_sync: called on the event loop with the seconds that each commit took.
 
@@ -110,21 +147,31 @@ class AuditLog:
         parsed_level = parse_level(level)
         if on_full not in set(OnFull):
             raise SettingsError(f"audit on_full: found {on_full!r}, expected block or drop")
-        if min(queue_records, commit_records) < 1:
-            raise SettingsError(
-                f"audit queue_records and commit_records: found {queue_records} and "
-                f"{commit_records}, expected at least 1"
-            )
-        check_caller_key(caller_key)
+        for name, size in (
+            ("queue_records", queue_records),
+            ("queue_bytes", queue_bytes),
+            ("commit_records", commit_records),
+            ("checkpoint_records", checkpoint_records),
+        ):
+            if size < 1:
+                raise SettingsError(f"audit {name}: found {size}, expected at least 1")
+        check_hash_key(hash_key)
         return cls(
-            None if parsed_level is AuditLevel.NONE else AuditStore(url, chain),
+            None
+            if parsed_level is AuditLevel.NONE
+            else AuditStore(
+                url, chain, signer=signer, checkpoint_records=checkpoint_records, clock=clock
+            ),
             level=parsed_level,
             on_full=OnFull(on_full),
-            caller_key=caller_key,
+            hash_key=hash_key,
+            keys=keys,
             queue_records=queue_records,
+            queue_bytes=queue_bytes,
             full_timeout_seconds=full_timeout_seconds,
             commit_records=commit_records,
             commit_delay_seconds=commit_delay_seconds,
+            checkpoint_seconds=checkpoint_seconds,
             clock=clock,
             on_sync=on_sync,
         )
@@ -135,6 +182,7 @@ class AuditLog:
             return
         self._queue = RecordQueue(
             capacity=self._queue_records,
+            capacity_bytes=self._queue_bytes,
             on_full=self._on_full,
             full_timeout_seconds=self._full_timeout_seconds,
         )
@@ -143,6 +191,7 @@ class AuditLog:
             self._store,
             commit_records=self._commit_records,
             commit_delay_seconds=self._commit_delay_seconds,
+            checkpoint_seconds=self._checkpoint_seconds,
             clock=self._clock,
             on_sync=self._on_sync,
         )
@@ -163,60 +212,105 @@ class AuditLog:
 
     def statistics(self) -> AuditStatistics:
         """The counts as they are now."""
-        sequence = 0 if self._store is None else self._store.head.sequence
+        if self._store is None:
+            return AuditStatistics()
+        stored = AuditStatistics(
+            sequence=self._store.head.sequence,
+            uncovered=self._store.uncovered,
+            last_checkpoint_timestamp=self._store.last_checkpoint.time_us / 1e6,
+            last_checkpoint_signed=self._store.last_checkpoint.signed,
+        )
         if self._queue is None or self._committer is None:
-            return AuditStatistics(sequence=sequence)
-        return AuditStatistics(
+            return stored
+        return replace(
+            stored,
             written=self._committer.written,
             failed=self._committer.failed,
             dropped=self._queue.dropped + self._committer.refused,
             pending=self._queue.pending,
-            sequence=sequence,
+            pending_bytes=self._queue.pending_bytes,
             last_sync_timestamp=self._committer.last_sync_timestamp,
+            checkpoint_failures=self._committer.checkpoint_failures,
         )
+
+    def level_for(self, asked: AuditLevel | None) -> AuditLevel:
+        """How much is stored under a policy that asks for this level: never more than `level`."""
+        return self.level if asked is None else min(asked, self.level, key=lambda one: one.rank)
 
     async def append_decision(
-        self, decision: Decision, *, input_digest: str | None, caller: str | None = None
+        self,
+        decision: Decision,
+        *,
+        input_digest: str | None,
+        caller: str | None = None,
+        observed: Observed | None = None,
+        asked: Asked | None = None,
+        level: AuditLevel | None = None,
     ) -> int | None:
-        """Store a decision; one that alerts is on disk when this returns."""
-        if self._store is None:
+        """Store a decision; one that alerts is on disk when this returns.
+
+        `level` is what the policy asks for; see `level_for`.
+        """
+        stored_level = self.level_for(level)
+        if self._store is None or stored_level is AuditLevel.NONE:
             return None
-        record = decision_record(
-            decision,
-            level=self.level,
-            time_us=self._time_us(),
-            input_digest=input_digest,
-            caller=caller,
-            caller_key=self._caller_key,
-        )
+        time_us = self._time_us()
+        if decision.tokens:  # no record holds them, and they would wait with it
+            decision = replace(decision, tokens=())
+
+        def make() -> AuditRecord:
+            return decision_record(
+                decision,
+                level=stored_level,
+                time_us=time_us,
+                input_digest=input_digest,
+                caller=caller,
+                hash_key=self._hash_key,
+                observed=observed,
+                asked=asked,
+                keys=self._keys,
+            )
+
         alerts = bool(decision.alerts) or decision.verdict is Verdict.ALERT
-        return await self.append(record, durable=alerts)
+        return await self.append(make, durable=alerts, n_bytes=held_bytes(decision, observed))
 
     async def append_stream_alert(
-        self, update: StreamUpdate, *, policy: str, mode: Mode, provenance: Provenance
+        self,
+        update: StreamUpdate,
+        *,
+        policy: str,
+        mode: Mode,
+        provenance: Provenance,
+        level: AuditLevel | None = None,
     ) -> int | None:
         """Store an alert inside a stream; it is on disk when this returns, so before it is sent."""
-        if self._store is None:
+        stored_level = self.level_for(level)
+        if self._store is None or stored_level is AuditLevel.NONE:
             return None
         record = stream_alert_record(
             update,
-            level=self.level,
+            level=stored_level,
             time_us=self._time_us(),
             policy=policy,
             mode=mode,
             provenance=provenance,
         )
-        return await self.append(record, durable=True)
+        return await self.append(record, durable=True, n_bytes=held_bytes(update))
 
     async def append_event(self, kind: RecordKind, content: Mapping[str, Json]) -> int | None:
         """Store what happened to the server itself; it is on disk when this returns."""
         if self._store is None:
             return None
         record = AuditRecord(kind=kind, time_us=self._time_us(), content=content)
-        return await self.append(record, durable=True)
+        return await self.append(record, durable=True, n_bytes=EVENT_BYTES)
 
-    async def append(self, record: AuditRecord, *, durable: bool) -> int | None:
+    async def append(
+        self, record: AuditRecord | Callable[[], AuditRecord], *, durable: bool, n_bytes: int
+    ) -> int | None:
         """Queue a record; with `durable`, wait until it is on disk and return its sequence.
+
+        A record given as a call is made on the writing thread, which keeps the event loop free.
+        `n_bytes` is about what it keeps in memory meanwhile.
 
         AuditError: the store cannot be written (the record stays queued and is tried again), the
         store refuses it, or there was no room in time (it is dropped, and counted).
@@ -225,7 +319,8 @@ class AuditLog:
             return None
         if self._queue is None:
             raise AuditError("the audit log has not been started")
-        waiter = await self._queue.put(record, durable=durable)
+        make = (lambda: record) if isinstance(record, AuditRecord) else record
+        waiter = await self._queue.put(make, durable=durable, n_bytes=n_bytes)
         return None if waiter is None else await waiter
 
     def _time_us(self) -> int:

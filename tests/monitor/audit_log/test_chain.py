@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import rfc8785
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from monitor.audit_log.chain import canonical_bytes, genesis_hash, record_hash
+from monitor.audit_log.chain import canonical_bytes, genesis_hash, plain_number, record_hash
 from monitor.errors import AuditError
 
 VECTORS = json.loads((Path(__file__).parent / "vectors.json").read_text(encoding="utf-8"))
@@ -35,6 +35,39 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=4), VALUES, max_size=5))
 def test_canonical_bytes_are_those_of_the_reference_package(body: dict[str, Any]) -> None:
     assert canonical_bytes(body) == rfc8785.dumps(body)
+
+
+PLAIN_NUMBERS = st.one_of(
+    st.integers(-(2**53) + 1, 2**53 - 1),
+    st.one_of(
+        st.floats(),
+        st.floats(min_value=1e-7, max_value=1e-4),
+        st.floats(min_value=2.0**52, max_value=1e22),
+        st.floats(width=32),
+        st.sampled_from([-0.0, 1.0, 1e-5, -9.9e-6, 1e-6, 1e-7, 2.0**53, 1e16, 1e21, 123456.5]),
+    ).map(plain_number),
+)
+TEXT = st.text(st.characters(codec="utf-8"))
+PLAIN = st.recursive(
+    st.one_of(st.none(), st.booleans(), PLAIN_NUMBERS, TEXT),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4).map(tuple), st.dictionaries(TEXT, inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@given(st.dictionaries(TEXT, PLAIN, max_size=5))
+@example({"score": plain_number(1e-6)})
+@example({"score": plain_number(2.0**60)})
+def test_plain_bodies_are_those_of_the_reference_package_too(body: dict[str, Any]) -> None:
+    assert canonical_bytes(body, plain=True) == rfc8785.dumps(body)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_a_plain_number_is_the_same_double(value: float) -> None:
+    text = canonical_bytes({"score": plain_number(value)}, plain=True)
+    assert json.loads(text, parse_int=float) == {"score": value}
 
 
 @pytest.mark.parametrize("vector", VECTORS["canonical"])

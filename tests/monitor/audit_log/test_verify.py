@@ -33,6 +33,7 @@ def test_a_log_as_it_was_written_verifies(written_log: str) -> None:
     assert (report.records, chain.records, chain.head.sequence) == (10, 10, 10)
     assert len(chain.head.hash) == 64
     assert chain.first_time < chain.last_time
+    assert (chain.checkpoints, chain.signed, chain.pruned) == (1, 0, 0)
     assert "removed from the end" in report.not_proven
 
 
@@ -129,14 +130,29 @@ def test_a_record_put_before_the_first_is_found(written_log: str) -> None:
     change(
         written_log,
         "INSERT INTO audit_records SELECT chain, 0, kind, 'extra', time, time_us, verdict, body, "
-        "prev_hash, hash FROM audit_records WHERE sequence = 1",
+        "prev_hash, hash, severity, caller_hmac, trace, sealed FROM audit_records "
+        "WHERE sequence = 1",
     )
     with pytest.raises(AuditChainError, match="found 0, expected 1"):
         verify(written_log)
 
 
-def test_records_cut_off_at_the_end_are_not_seen_and_the_report_says_so(written_log: str) -> None:
+def test_records_cut_off_at_the_end_are_missed_by_a_checkpoint(written_log: str) -> None:
     change(written_log, "DELETE FROM audit_records WHERE sequence > 6")
+    with pytest.raises(AuditChainError, match="record 7: found none, expected records up to 10"):
+        verify(written_log)
+    with pytest.raises(AuditChainError, match="found 6 records, expected 10 or more"):
+        AuditStore(written_log, "main")
+
+
+def test_records_cut_off_with_their_checkpoint_are_not_seen_and_the_report_says_so(
+    written_log: str,
+) -> None:
+    change(
+        written_log,
+        "DELETE FROM audit_records WHERE sequence > 6",
+        "DELETE FROM audit_checkpoints",
+    )
     report = verify(written_log)
     assert report.records == 6
     assert "kept elsewhere" in report.not_proven

@@ -5,6 +5,7 @@ import dataclasses
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ async def test_waiting_appends_share_commits_and_get_their_own_numbers(
     url: str, decision: MakeDecision
 ) -> None:
     commits: list[float] = []
-    log = AuditLog.open(url, on_sync=commits.append)
+    log = AuditLog.open(url, on_sync=commits.append, commit_records=64)
     log.start()
     appends = [
         log.append_decision(decision(f"d{number}", Verdict.ALERT), input_digest=None)
@@ -123,12 +124,13 @@ async def test_statistics_tell_the_last_sync_by_the_clock_that_was_given(
 async def test_a_clock_that_steps_back_leaves_the_chain_whole(
     url: str, decision: MakeDecision
 ) -> None:
-    log = AuditLog.open(url, clock=iter([2000.0, 1000.0, 1000.0, 3000.0, 3000.0]).__next__)
+    log = AuditLog.open(url, clock=chain([2000.0, 1000.0], repeat(3000.0)).__next__)
     log.start()
     await log.append_decision(decision("late"), input_digest=None)
     await log.append_decision(decision("early", Verdict.ALERT), input_digest=None)
     await log.close()
-    assert verify(url).records == 2
+    (report,) = verify(url).chains
+    assert (report.records, report.clock_steps) == (2, 1)
     assert [record["decision_id"] for record in query(url)] == ["early", "late"]
 
 
@@ -342,7 +344,13 @@ async def test_a_full_disk_fails_alerts_and_recovers_when_there_is_room(
 
 @pytest.mark.parametrize(
     "options",
-    [{"on_full": "ask"}, {"queue_records": 0}, {"level": "content"}, {"caller_key": b"x"}],
+    [
+        {"on_full": "ask"},
+        {"queue_records": 0},
+        {"queue_bytes": 0},
+        {"level": "everything"},
+        {"hash_key": b"x"},
+    ],
 )
 def test_impossible_options_are_refused(url: str, options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match="audit"):
