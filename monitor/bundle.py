@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import rfc8785
@@ -20,8 +20,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from monitor.bundle_spec import BundleSpec, parse_spec
+from monitor.canary_spec import Canary, CanaryExpectation, read_canaries, read_expectation
 from monitor.errors import BundleError
 from monitor.records import ClusterInfo, LatentInfo
+from sae_core.digests import sae_digest
 
 MANIFEST = "MANIFEST.json"
 PROBES = "fidelity.jsonl"
@@ -55,11 +57,37 @@ class Bundle:
     """Texts of fidelity.jsonl."""
     fidelity: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """By SAE id: what it gives on the probe texts, from fidelity/<id>.json; parsed JSON."""
+    canaries: tuple[Canary, ...] = ()
+    """Of canaries.jsonl."""
+    canary_expectation: CanaryExpectation | None = None
+    """What the canaries scored where all was well; None where it was never measured."""
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of every file by its path in the folder, as the digest is made of."""
 
     @property
     def label(self) -> str:
         """name@version."""
         return f"{self.spec.name}@{self.spec.version}"
+
+    def sae_digests(self) -> dict[str, str]:
+        """What each SAE is, by id; one that is elsewhere and not pinned is left out."""
+        digests = {}
+        for sae_id, ref in self.spec.saes.items():
+            files = ref.files
+            if ref.path is not None and ref.is_inside(self.folder):
+                place = PurePosixPath(ref.path)
+                if (
+                    str(place) in self.hashes
+                ):  # one file: what lies beside it may say how it is read
+                    place = place.parent
+                files = {
+                    PurePosixPath(name).relative_to(place).as_posix(): digest
+                    for name, digest in self.hashes.items()
+                    if PurePosixPath(name).is_relative_to(place)
+                }
+            if files:
+                digests[sae_id] = sae_digest(files, ref.hook_point, ref.hints)
+        return digests
 
     def cluster_infos(self, calibrated: Mapping[str, bool]) -> tuple[ClusterInfo, ...]:
         """The clusters as the registry shows them, in bundle order."""
@@ -122,6 +150,9 @@ def _load(folder: Path, hashes: Mapping[str, str], *, sealed: bool) -> Bundle:
             for sae_id in spec.saes
             if (folder / FIDELITY_FOLDER / f"{sae_id}.json").exists()
         },
+        canaries=read_canaries(folder, spec),
+        canary_expectation=read_expectation(folder),
+        hashes=hashes,
     )
 
 

@@ -11,6 +11,7 @@ from monitor.errors import BundleError
 from monitor.fidelity import measure_fidelity
 from monitor.served import Served
 from sae_core.sae import SAE
+from sae_core.training.probes import PROBES as GENERAL_PROBES
 from sae_core.training.probes import probe_rows
 
 L0_APART = 2.0
@@ -35,7 +36,7 @@ def write_default_probes(folder: Path) -> str | None:
     if has_some or not (folder / "bundle.yaml").exists():
         return None
     _check_unsealed(folder)
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in probe_rows()]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in probe_rows(GENERAL_PROBES)]
     path.write_text("".join(lines), encoding="utf-8")
     return PROBES
 

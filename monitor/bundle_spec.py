@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from monitor.errors import BundleError
-from monitor.records import Mode, Severity, Stage
+from monitor.records import AuditLevel, Mode, Severity, Stage
+from sae_core.aggregation import AggregateKind
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 Identifier = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
@@ -177,11 +178,18 @@ class FusionSpec(_Data):
 class AggregateModel(_Data):
     """How token logits become a running score."""
 
-    kind: Literal["max_rolling_mean", "max", "mean", "ema"] = "max_rolling_mean"
+    kind: AggregateKind = "max_rolling_mean"
     window: PositiveInt = 16
+    k: PositiveInt = 4
     alpha: Annotated[float, Field(gt=0, le=1)] = 0.1
     min_evidence_tokens: Annotated[int, Field(ge=0)] = 3
     evidence_floor: FiniteFloat = 0.0
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> AggregateModel:
+        if self.kind == "k_of_window" and self.k > self.window:
+            raise ValueError(f"k: found {self.k}, expected at most the window of {self.window}")
+        return self
 
 
 class Thresholds(_Data):
@@ -236,6 +244,9 @@ class ClusterModel(_Data):
     thresholds: Thresholds
     solo: SoloThresholds = SoloThresholds()
     calibration: str | None = None
+    categories: tuple[str, ...] = ()
+    """Categories of labelled rows that are this risk's, `*` for every harmful one; what
+    `evaluate` counts as its positives. Empty means the category of the cluster's own id."""
 
     @model_validator(mode="after")
     def _readable(self) -> ClusterModel:
@@ -281,6 +292,12 @@ class PolicyModel(_Data):
     deadline_ms: PositiveInt = 2000
     clusters: tuple[str, ...] | None = None
     """Clusters this policy looks at; absent means all."""
+    ranked_by: str | None = None
+    """The cluster whose score is the policy's overall score, as far as the verdict agrees; absent
+    means the largest of all."""
+    audit_level: AuditLevel | None = None
+    """How much the audit log keeps; never more than the server's own level, which stands here
+    where it is absent."""
 
 
 class BundleSpec(_Data):
@@ -313,6 +330,9 @@ class BundleSpec(_Data):
         for name, policy in self.policies.items():
             for cluster_id in policy.clusters or ():
                 _known(f"policies.{name}.clusters", cluster_id, ids)
+            if policy.ranked_by is not None:
+                looked_at = list(policy.clusters or ids)
+                _known(f"policies.{name}.ranked_by", policy.ranked_by, looked_at)
         return self
 
 
@@ -333,6 +353,11 @@ def parse_spec(text: str, name: str) -> BundleSpec:
         raise BundleError(f"{name}: not readable as YAML: {error}") from error
     if not isinstance(content, dict):
         raise BundleError(f"{name}: found {type(content).__name__}, expected a mapping")
+    return validate_spec(content, name)
+
+
+def validate_spec(content: Mapping[str, object], name: str) -> BundleSpec:
+    """What a bundle.yaml says, validated; BundleError names key, found and expected."""
     try:
         return BundleSpec.model_validate(content)
     except ValidationError as error:

@@ -16,10 +16,11 @@ from typing import Annotated, Any, Literal, Self
 
 import structlog
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, SettingsConfigDict
 
 from monitor.errors import SettingsError
+from monitor.records import AuditLevel
 
 ENV_PREFIX = "SAEMONITOR_"
 
@@ -77,6 +78,40 @@ def _user_dir(variable: str, fallback: str) -> Path:
     return (Path(base) if base else Path.home() / fallback) / "sae-monitor"
 
 
+def quiet_ray() -> None:
+    """Keeps a Ray that is started here from reporting its use to its makers, unless told to."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def check_backend(
+    backend: str,
+    dtype: str,
+    graph: Path | None,
+    *,
+    device: str = "auto",
+    gpus: int = 1,
+    tensor_parallel: int = 1,
+) -> None:
+    """ValueError where a backend cannot have this dtype, graph, or number of devices."""
+    dtypes = {"torch": ("float32", "bfloat16"), "onnx": ("float32", "int8")}
+    if backend not in dtypes:
+        raise ValueError(f"backend: found {backend!r}, expected torch or onnx")
+    if dtype not in ("auto", *dtypes[backend]):
+        expected = " or ".join(dtypes[backend])
+        raise ValueError(f"dtype: found {dtype!r} with backend {backend}, expected {expected}")
+    if graph is not None and backend != "onnx":
+        raise ValueError(f"onnx: found {graph} with backend {backend}, expected backend onnx")
+    found = f"gpus, tensor_parallel: found {gpus} and {tensor_parallel}"
+    if gpus > 1 and tensor_parallel > 1:
+        raise ValueError(
+            f"{found}, expected 1 for one of them: blocks are spread over devices, or each is split"
+        )
+    if backend == "onnx" and (gpus > 1 or tensor_parallel > 1):
+        raise ValueError(f"{found} with backend onnx, expected 1 of both")
+    if gpus > 1 and device == "cpu":
+        raise ValueError(f"gpus: found {gpus} with device cpu, expected 1")
+
+
 class ServeSettings(BaseSettings):
     """What `sae-monitor serve` can be told."""
 
@@ -103,23 +138,62 @@ class ServeSettings(BaseSettings):
     """Whether gRPC reflection is served."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the model runs; auto takes CUDA where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Floating-point type of the forward pass; auto is float32 on CPU, bfloat16 on CUDA."""
-    backend: Literal["torch"] = "torch"
+    """Where the model runs; auto takes CUDA where there is one, but the CPU under onnx."""
+    gpus: int = Field(default=1, ge=1)
+    """CUDA devices that one process spreads the model's blocks over, one after the other."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Processes that every block is split over, one a CUDA device; the server is one of them."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type of the model's weights. auto is bfloat16 where the hardware multiplies in it and the
+    SAEs still fit, else float32, as always under onnx. int8 is onnx's alone, and must give the
+    verdicts of float32 on the bundle's own texts."""
+    backend: Literal["torch", "onnx"] = "torch"
     """What runs the forward pass."""
+    onnx: Path | None = None
+    """Folder of `export-onnx` for the backend onnx; without it the cache's, exported once."""
     fidelity: Literal["gate", "warn", "off"] = "gate"
     """What happens when an SAE does not fit the stream it reads: the server does not become ready,
     says so and serves, or does not look."""
 
+    canary_seconds: float = Field(default=60.0, ge=0.0)
+    """Time from one run of the bundle's canaries to the next, seconds; 0 never runs them."""
+    canary_readiness: bool = False
+    """Whether a server whose canaries fail, or have not run yet, is not ready."""
+
+    drift_window: int = Field(default=1000, ge=100)
+    """Decisions after which live traffic is compared with the calibration's."""
+    drift_sample_share: float = Field(default=0.01, ge=0.0, le=1.0)
+    """Share of the work on whose first 256 tokens the whole SAEs are run, for FVU and L0."""
+
     audit: str = Field(default_factory=default_audit_url)
-    """URL of the audit log, sqlite:///PATH."""
-    audit_level: Literal["none", "metadata", "scores"] = "scores"
-    """What an audit record holds; none keeps no log."""
+    """URL of the audit log, sqlite:///PATH or postgresql://USER@HOST/DATABASE."""
+    audit_chain: str = Field(default="main", min_length=1, max_length=128)
+    """Name of this server's chain; of servers that write to one PostgreSQL each needs its own."""
+    audit_level: AuditLevel = AuditLevel.SCORES
+    """The most that an audit record holds, and what it holds where a policy names no level: none,
+    metadata, scores, tokens or content; none keeps no log."""
     on_full: Literal["block", "drop"] = "block"
     """What happens when the audit log cannot keep up: requests wait, or records are dropped."""
-    audit_caller_key_file: Path | None = None
-    """File with the secret under which callers are hashed; without it callers are not stored."""
+    audit_queue_records: int = Field(default=8192, ge=1)
+    """Most records that may wait to be written to the audit log."""
+    audit_queue_bytes: int = Field(default=256 * 1024**2, ge=1)
+    """About the most memory that they may take together, bytes; one alone may take more."""
+    audit_hash_key_file: Path | None = None
+    """File with the secret under which callers and inputs are hashed; without it callers are not
+    stored."""
+    audit_keys_file: Path | None = None
+    """File of keys, NAME:BASE64 a line, that seal token ids and texts; the first one seals."""
+    audit_keys: SecretStr | None = None
+    """The same in the setting itself, for secrets that come by environment."""
+    audit_signing_key_file: Path | None = None
+    """Ed25519 key (PEM) that signs the log's checkpoints."""
+    audit_rpc: Literal["local", "on", "off"] = "local"
+    """Whether AuditService reads the log to callers: where every address is of this machine,
+    always, never."""
+    audit_checkpoint_records: int = Field(default=1000, ge=1)
+    """Records after which the log gets a checkpoint, at the latest."""
+    audit_checkpoint_seconds: float = Field(default=60.0, gt=0.0)
+    """Seconds after which unproven records get a checkpoint."""
 
     max_message_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     """Largest gRPC message, bytes."""
@@ -135,6 +209,10 @@ class ServeSettings(BaseSettings):
     """Whether texts that begin alike share what was computed; a caller can tell by the time."""
     max_streams: int = Field(default=256, ge=1)
     """Most streams open at the same time."""
+    resume_seconds: float = Field(default=60.0, ge=0.0)
+    """How long a resumable stream waits to be reopened when its call breaks off; 0 keeps none."""
+    max_detached_streams: int = Field(default=256, ge=1)
+    """Most streams that wait so; beyond that the one that has waited for longest ends."""
     stream_reply_interval_ms: float = Field(default=20.0, ge=0.0)
     """Shortest time between two replies of a stream, milliseconds; alerts do not wait for it."""
     grace_seconds: float = Field(default=30.0, ge=0.0)
@@ -169,12 +247,26 @@ class ServeSettings(BaseSettings):
         return value
 
     @model_validator(mode="after")
+    def _backend_can(self) -> Self:
+        check_backend(
+            self.backend,
+            self.dtype,
+            self.onnx,
+            device=self.device,
+            gpus=self.gpus,
+            tensor_parallel=self.tensor_parallel,
+        )
+        return self
+
+    @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.max_request_tokens > self.max_queue_tokens:
             raise ValueError(
                 f"max_request_tokens: found {self.max_request_tokens}, expected at most"
                 f" max_queue_tokens ({self.max_queue_tokens}): a longer request could never wait"
             )
+        if self.audit_keys is not None and self.audit_keys_file is not None:
+            raise ValueError("audit_keys, audit_keys_file: found both, expected one of them")
         fixed = [a for a in (*self.listen, self.ops_listen) if not a.endswith(":0")]
         twice = sorted({address for address in fixed if fixed.count(address) > 1})
         if twice:

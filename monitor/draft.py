@@ -6,12 +6,15 @@ policy's `on_error` decides, and it is counted.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
+from monitor.audit_log.record import Asked, Observed, explained_at
 from monitor.audit_log.writer import AuditLog
 from monitor.errors import AuditError
 from monitor.evidence import Evidence
@@ -21,20 +24,30 @@ from monitor.policy import Crossing, Policy
 from monitor.records import (
     Action,
     Alert,
+    Anomaly,
+    AuditLevel,
+    ClusterResult,
     Coverage,
     Decision,
     Mode,
+    StreamUpdate,
     TokenScores,
     UnscoredReason,
 )
 from monitor.served import Served
-from monitor.stream_session import TimingSums
+from monitor.timing_sums import TimingSums
+from sae_core.anomaly import AnomalyScores, anomaly_scores
+from sae_core.vitals import FitSums, TextVitals, summed
 
 log = structlog.get_logger(__name__)
 
 
 class DecisionDraft:
-    """A decision in the making: collects evidence and alerts, ends in `decide`."""
+    """A decision in the making: collects evidence and alerts, ends in `decide`.
+
+    Args:
+        is_stream: whether joint rules are asked after every token, not once at the end.
+    """
 
     def __init__(
         self,
@@ -45,16 +58,22 @@ class DecisionDraft:
         policy: Policy,
         want_attribution: bool,
         want_tokens: bool,
+        asked: Asked,
+        is_stream: bool = False,
+        observe: Callable[[Decision, TextVitals], None] | None = None,
     ) -> None:
         self.policy = policy
         self._served = served
         self._metrics = metrics
         self._audit_log = audit_log
         self.decision_id = str(uuid.uuid4())
-        self.evidence = Evidence(served.plan, policy)
+        self.evidence = Evidence(served.plan, policy, rules_each_token=is_stream)
         self.alerts: list[Alert] = []
         self._want_attribution = want_attribution
         self._want_tokens = want_tokens
+        self.asked = asked
+        self._observe = observe
+        self._fits: list[Mapping[str, FitSums]] = []
 
     def take(self, crossings: Sequence[Crossing]) -> tuple[Alert, ...]:
         """Crossings as this decision's alerts."""
@@ -73,6 +92,25 @@ class DecisionDraft:
         self._metrics.observe_alerts(alerts)
         return alerts
 
+    def take_fits(self, fits: Mapping[str, FitSums]) -> None:
+        """How well the SAEs fit some of the tokens, where the engine measured it."""
+        if fits:
+            self._fits.append(fits)
+
+    async def record_alerts(self, update: StreamUpdate) -> None:
+        """Puts the alerts of a stream's update on disk, or counts that it cannot be done."""
+        try:
+            await self._audit_log.append_stream_alert(
+                update,
+                policy=self.policy.name,
+                mode=self.policy.mode,
+                provenance=self._served.provenance,
+                level=self.policy.model.audit_level,
+            )
+        except AuditError as error:
+            log.error("audit_failed", decision_id=self.decision_id, error=str(error))
+            self._metrics.failed_open(FailOpen.AUDIT)
+
     def attribution(self) -> bool | list[str]:
         """Which clusters to explain: all on request, otherwise those that alerted."""
         return True if self._want_attribution else [alert.cluster for alert in self.alerts]
@@ -81,7 +119,7 @@ class DecisionDraft:
         """Per-token scores where they were asked for."""
         if not self._want_tokens:
             return ()
-        ids = [i for i in self.evidence.token_ids()[start:stop] if i is not None]
+        ids = [i for i in self.evidence.token_ids(start, stop) if i is not None]
         # One request knows all of its ids, or none.
         texts = self._served.tokenizer.token_texts(ids) or [""] * (stop - start)
         return self.evidence.tokens(start, stop, texts)
@@ -103,6 +141,7 @@ class DecisionDraft:
             token_ids: None where they are not known; nothing then stands for the input.
         """
         began = time.monotonic()
+        self.take(self.evidence.close())
         judgement, crossings = self.evidence.judge()
         self.take(crossings)
         blocks = self.policy.mode is Mode.ENFORCE and self.policy.model.on_error == "block"
@@ -112,7 +151,14 @@ class DecisionDraft:
             if not blocks:
                 self._metrics.failed_open(FailOpen(failure.value))
         clusters = self.evidence.results(attribution=self.attribution())
-        tokens = self.tokens(0, self.evidence.n_tokens)
+        tokens: tuple[TokenScores, ...] = ()
+        if self._want_tokens:  # a long text's take too long for the event loop
+            tokens = await asyncio.to_thread(self.tokens, 0, self.evidence.n_tokens)
+        expected = self._served.expected
+        vitals = None if expected is None else self.evidence.vitals(summed(self._fits))
+        anomaly = None
+        if expected is not None and vitals is not None:
+            anomaly = _anomaly(anomaly_scores(expected.baseline, vitals))
         timings.score_seconds += time.monotonic() - began
 
         def decision(action: Action, audit_seconds: float, sequence: int | None) -> Decision:
@@ -132,6 +178,7 @@ class DecisionDraft:
                 ),
                 provenance=self._served.provenance,
                 tokens=tokens,
+                anomaly=anomaly,
                 session_id=session_id,
                 sequence=sequence,
             )
@@ -143,6 +190,9 @@ class DecisionDraft:
                 decision(action, 0.0, None),
                 input_digest=None if token_ids is None else input_digest(token_ids),
                 caller=caller,
+                observed=self._observed(token_ids, clusters),
+                asked=self.asked,
+                level=self.policy.model.audit_level,
             )
         except AuditError as error:
             log.error("audit_failed", decision_id=self.decision_id, error=str(error))
@@ -152,4 +202,28 @@ class DecisionDraft:
                 self._metrics.failed_open(FailOpen.AUDIT)
         final = decision(action, time.monotonic() - before_audit, sequence)
         self._metrics.observe_decision(final)
+        if self._observe is not None and vitals is not None:
+            self._observe(final, vitals)
         return final
+
+    def _observed(
+        self, token_ids: Sequence[int] | None, clusters: Sequence[ClusterResult]
+    ) -> Observed | None:
+        """What the audit log may keep of the tokens, as far as its level needs it."""
+        level = self._audit_log.level_for(self.policy.model.audit_level)
+        if level.rank < AuditLevel.SCORES.rank:
+            return None
+        texts: Sequence[str] = ()
+        if level is AuditLevel.CONTENT and token_ids is not None:
+            texts = self._served.tokenizer.token_texts(token_ids)
+        return Observed(
+            trace=self.evidence.trace(),
+            token_ids=token_ids,
+            texts=texts,
+            latents=self.evidence.token_latents(explained_at(level, clusters)),
+        )
+
+
+def _anomaly(scores: AnomalyScores) -> Anomaly:
+    known = {name: None if math.isnan(value) else value for name, value in scores._asdict().items()}
+    return Anomaly(**known)

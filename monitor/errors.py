@@ -13,10 +13,13 @@
     │   ├── PayloadTooLargeError      more bytes or tokens than the stated limit
     │   ├── StreamPositionError       a gap or a rewind in a stream's start_index
     │   ├── NotFoundError             unknown policy, cluster or record
+    │   │   └── StreamNotFoundError   no such stream to reopen; send it anew from the beginning
     │   ├── FingerprintError          token ids made by another tokenizer
     │   └── ForeignActivationsError   activations of another model, or of a place that is not read
     ├── QueueFullError            admission refused; says when to try again
+    ├── ComputeMemoryError        no memory for a step, even of one request alone
     ├── NotReadyError             starting, draining, or the engine is dead
+    │   └── StreamBrokenError         a resumable stream's messages ended without `end`; reopen it
     ├── ActivationError           NaN or infinity where scores are made; names layer and position
     └── DeadlineError             the caller's deadline passed before the work was done
 
@@ -97,6 +100,13 @@ class NotFoundError(RequestError):
     """A policy, cluster or record that is not registered."""
 
 
+class StreamNotFoundError(NotFoundError):
+    """A stream to reopen is not here: never was, has ended, or waited too long.
+
+    Open it anew, and send everything from index 0.
+    """
+
+
 class FingerprintError(RequestError):
     """Token ids come from a tokenizer that is not the model's."""
 
@@ -113,8 +123,16 @@ class QueueFullError(MonitorError):
         self.retry_seconds = retry_seconds
 
 
+class ComputeMemoryError(MonitorError):
+    """There was no memory to score a request, even alone and in the smallest pieces."""
+
+
 class NotReadyError(MonitorError):
     """The server is starting or draining, or its engine thread has died."""
+
+
+class StreamBrokenError(NotReadyError):
+    """A resumable stream's messages ended, and no `end` was among them: its connection broke."""
 
 
 class ActivationError(MonitorError):

@@ -6,27 +6,35 @@ report), and the registered latents' activations in sparse form. Knows no clock 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from monitor.attribution import Window
+from monitor.audit_log.token_latents import TokenLatents
+from monitor.audit_log.trace import TokenTrace
 from monitor.bundle_spec import BundleSpec
 from monitor.coverage import StageCount
 from monitor.policy import DENSE, FUSED, SAE, Crossing, Judgement, Policy, PolicyState
 from monitor.records import (
-    Attribution,
     ClusterResult,
     Coverage,
-    LatentContribution,
     Stage,
     TokenScores,
     UnscoredReason,
     Verdict,
 )
+from monitor.staleness import Staleness
 from sae_core.aggregation import AggregateSpec, AggregateState, Aggregator
 from sae_core.heads import ClusterHeads
+from sae_core.vitals import FitSums, TextVitals
+
+SLICE_TOKENS = 512
+"""Tokens folded between two turns of the event loop: 3 ms, ten clusters (LOG.md, 2026-11-24)."""
 
 BenignP = Callable[[int, float], float | None]
 """Cluster index and fused score to the share of benign texts at least as high, if known."""
@@ -42,6 +50,8 @@ class ClusterPlan:
     calibrated: tuple[bool, ...]
     """One per cluster."""
     benign_p: BenignP
+    staleness: Staleness = field(default_factory=Staleness)
+    """Which clusters have left their bounds; one book for all plans of a served bundle."""
 
     @property
     def n_clusters(self) -> int:
@@ -55,6 +65,7 @@ def aggregate_specs(spec: BundleSpec) -> list[AggregateSpec]:
         AggregateSpec(
             kind=c.aggregate.kind,
             window=c.aggregate.window,
+            k=c.aggregate.k,
             alpha=c.aggregate.alpha,
             min_evidence_tokens=c.aggregate.min_evidence_tokens,
             evidence_floor=c.aggregate.evidence_floor,
@@ -89,14 +100,26 @@ class _StageEvidence:
 
 
 class Evidence:
-    """One request's evidence so far. `add` in order of position, `truncate` to go back."""
+    """One request's evidence so far. `add` in order of position, `truncate` to go back.
 
-    def __init__(self, plan: ClusterPlan, policy: Policy) -> None:
+    Args:
+        rules_each_token: joint rules are asked after every token, as of a stream, whose caller
+            hears of each; otherwise only by `judge`.
+    """
+
+    def __init__(
+        self, plan: ClusterPlan, policy: Policy, *, rules_each_token: bool = False
+    ) -> None:
         self._plan = plan
         self.policy = policy
+        self._rules_each_token = rules_each_token
         self._blocks: list[_Block] = []
         self._stages: dict[Stage, _StageEvidence] = {}
+        self._counts: dict[Stage, StageCount] = {}
+        self._n_excluded = 0
         self._state: PolicyState = policy.start()
+        self._turn: Stage | None = None
+        """The stage of the last token that counts."""
 
     @property
     def n_tokens(self) -> int:
@@ -106,32 +129,22 @@ class Evidence:
     def coverage(self) -> Coverage:
         """Positions received, scored, and not scored by reason."""
         unscored: dict[UnscoredReason, int] = {}
-        for block in self._blocks:
-            excluded = block.stages.count(None)
-            _count(unscored, UnscoredReason.EXCLUDED, excluded)
-            if block.unscored is not None:
-                _count(unscored, block.unscored, len(block.token_ids) - excluded)
+        _count(unscored, UnscoredReason.EXCLUDED, self._n_excluded)
+        for count in self._counts.values():
+            for reason, n in count.unscored.items():
+                _count(unscored, reason, n)
         return Coverage(
             received=self.n_tokens,
-            scored=sum(len(stage.positions) for stage in self._stages.values()),
+            scored=sum(count.scored for count in self._counts.values()),
             unscored=unscored,
         )
 
     def stage_coverage(self) -> dict[Stage, StageCount]:
-        """The counts of each stage, excluded tokens left out."""
-        counts: dict[Stage, StageCount] = {}
-        for block in self._blocks:
-            for stage in Stage:
-                n = block.stages.count(stage)
-                if not n:
-                    continue
-                count = counts.setdefault(stage, StageCount())
-                count.received += n
-                if block.unscored is None:
-                    count.scored += n
-                else:
-                    _count(count.unscored, block.unscored, n)
-        return counts
+        """The counts of each stage, excluded tokens left out; the caller's to change."""
+        return {
+            stage: StageCount(count.received, count.scored, dict(count.unscored))
+            for stage, count in self._counts.items()
+        }
 
     def add(
         self,
@@ -148,7 +161,9 @@ class Evidence:
             logits: [n, n_clusters, 3].
             latent_acts: [n, n_registered].
         """
-        rows, columns = np.nonzero(latent_acts)
+        # A flat search of booleans: many times as fast as np.nonzero of two axes of numbers.
+        active = np.flatnonzero((latent_acts != 0).reshape(-1))
+        rows, columns = np.divmod(active, max(1, latent_acts.shape[1]))
         block = _Block(
             start=self.n_tokens,
             token_ids=list(token_ids),
@@ -158,8 +173,27 @@ class Evidence:
             act_columns=columns,
             act_values=latent_acts[rows, columns],
         )
-        self._blocks.append(block)
-        return self._fold(block)
+        return self._fold(block, self._append(block))
+
+    def close(self) -> list[Crossing]:
+        """The alerts that open because no more will come; judges what is shorter than a window."""
+        return self._end_turn()
+
+    async def add_in_slices(
+        self,
+        token_ids: Sequence[int | None],
+        stages: Sequence[Stage | None],
+        logits: NDArray[np.float32],
+        latent_acts: NDArray[np.float32],
+    ) -> list[Crossing]:
+        """As `add`, with the same bits; lets the event loop go on within long ones."""
+        crossings: list[Crossing] = []
+        for start in range(0, len(stages), SLICE_TOKENS):
+            if start:
+                await asyncio.sleep(0)
+            part = slice(start, start + SLICE_TOKENS)
+            crossings += self.add(token_ids[part], stages[part], logits[part], latent_acts[part])
+        return crossings
 
     def skip(
         self,
@@ -170,7 +204,7 @@ class Evidence:
         """Takes tokens that were never scored, so that later positions stay right."""
         n = len(token_ids)
         empty = np.zeros(0, np.int64)
-        self._blocks.append(
+        self._append(
             _Block(
                 start=self.n_tokens,
                 token_ids=list(token_ids),
@@ -207,15 +241,59 @@ class Evidence:
                         unscored=block.unscored,
                     )
                 )
-        self._blocks = kept
-        self._stages = {}
+        self._blocks, self._stages, self._turn = [], {}, None
+        self._counts, self._n_excluded = {}, 0
         for block in kept:
+            rows = self._append(block)
             if block.unscored is None:
-                self._fold(block)
+                self._fold(block, rows)
 
-    def token_ids(self) -> list[int | None]:
-        """Every position's id, in order; None where it is not known."""
-        return [token_id for block in self._blocks for token_id in block.token_ids]
+    def token_ids(self, start: int = 0, stop: int | None = None) -> list[int | None]:
+        """The ids of positions start..stop, all by default, in order; None for one not known."""
+        stop = self.n_tokens if stop is None else stop
+        return [
+            token_id
+            for block in self._blocks_between(start, stop)
+            for token_id in block.token_ids[max(0, start - block.start) : stop - block.start]
+        ]
+
+    def trace(self) -> TokenTrace:
+        """Every position's stage and logits, as the audit log stores them."""
+        empty = np.zeros((0, self._plan.n_clusters, 3), np.float32)
+        return TokenTrace(
+            clusters=tuple(cluster.id for cluster in self._plan.spec.clusters),
+            stages=tuple(stage for block in self._blocks for stage in block.stages),
+            logits=np.concatenate([empty, *(block.logits for block in self._blocks)]),
+        )
+
+    def token_latents(self, clusters: Sequence[str]) -> dict[str, TokenLatents]:
+        """Which latents each token of the window has that made the score of these clusters."""
+        stages = self._scores()[1]
+        return {
+            cluster.id: window.token_latents()
+            for index, cluster in enumerate(self._plan.spec.clusters)
+            if cluster.id in clusters and (window := self._window(index, stages[index])) is not None
+        }
+
+    def vitals(self, fits: Mapping[str, FitSums]) -> TextVitals:
+        """What the scored tokens did to the registered latents.
+
+        Args:
+            fits: by SAE, where the text's fit was measured.
+        """
+        columns, values = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+        for block in self._blocks:
+            counted = np.array([stage is not None for stage in block.stages], dtype=bool)
+            kept = counted[block.act_rows]
+            columns.append(block.act_columns[kept])
+            values.append(block.act_values[kept])
+        n, every = self._plan.heads.n_latents, np.concatenate(columns)
+        return TextVitals(
+            n_tokens=sum(count.scored for count in self._counts.values()),
+            firings=np.bincount(every, minlength=n),
+            totals=np.bincount(every, weights=np.concatenate(values), minlength=n),
+            fits=fits,
+        )
 
     def judge(self) -> tuple[Judgement, list[Crossing]]:
         """The policy's verdict now, and the joint rules that newly hold."""
@@ -237,6 +315,7 @@ class Evidence:
             fused, dense, sae = (float(v) for v in scores[index])
             state = self._state.clusters[index]
             wanted = attribution if isinstance(attribution, bool) else cluster.id in attribution
+            window = self._window(index, stages[index]) if wanted else None
             results.append(
                 ClusterResult(
                     cluster=cluster.id,
@@ -248,8 +327,9 @@ class Evidence:
                     stage=stages[index],
                     first_crossing=state.first_crossing,
                     calibrated=self._plan.calibrated[index],
+                    stale=cluster.id in self._plan.staleness,
                     benign_p=None if np.isnan(fused) else self._plan.benign_p(index, fused),
-                    attribution=self._attribution(index, stages[index], fused) if wanted else None,
+                    attribution=None if window is None else window.attribution(fused),
                 )
             )
         return tuple(results)
@@ -260,7 +340,7 @@ class Evidence:
         NaN where a position was not scored in time.
         """
         tokens = []
-        for block in self._blocks:
+        for block in self._blocks_between(start, stop):
             for position in range(max(start, block.start), min(stop, block.stop)):
                 row = position - block.start
                 values = block.logits[row].astype(float)
@@ -277,20 +357,55 @@ class Evidence:
                 )
         return tuple(tokens)
 
-    def _fold(self, block: _Block) -> list[Crossing]:
+    def _blocks_between(self, start: int, stop: int) -> Iterator[_Block]:
+        """Those with positions in start..stop; the others, a long stream's, are not looked at."""
+        first = bisect.bisect_right(self._blocks, start, key=lambda block: block.stop)
+        for index in range(first, len(self._blocks)):
+            if self._blocks[index].start >= stop:
+                return
+            yield self._blocks[index]
+
+    def _append(self, block: _Block) -> dict[Stage, NDArray[np.int64]]:
+        """Keeps and counts a block; gives the rows of each stage."""
+        self._blocks.append(block)
+        rows_of = _rows_by_stage(block.stages)
+        self._n_excluded += len(block.stages) - sum(map(len, rows_of.values()))
+        for stage, rows in rows_of.items():
+            n = len(rows)
+            count = self._counts.setdefault(stage, StageCount())
+            count.received += n
+            if block.unscored is None:
+                count.scored += n
+            else:
+                _count(count.unscored, block.unscored, n)
+        return rows_of
+
+    def _fold(self, block: _Block, rows_of: dict[Stage, NDArray[np.int64]]) -> list[Crossing]:
         crossings = []
-        for stage in Stage:
-            rows = [i for i, s in enumerate(block.stages) if s is stage]
-            if not rows:
-                continue
+        for stage, rows in _turns(rows_of):
+            if stage is not self._turn:
+                crossings += self._end_turn()
+                self._turn = stage
             mine = self._stages.get(stage)
             if mine is None:
                 mine = self._stages[stage] = _StageEvidence(self._plan.aggregator.start())
-            positions = [block.start + row for row in rows]
-            running = self._plan.aggregator.update(mine.aggregate, block.logits[rows])
+            positions: list[int] = (block.start + rows).tolist()
+            logits = block.logits if len(rows) == len(block.stages) else block.logits[rows]
+            folded = self._plan.aggregator.fold(mine.aggregate, logits)
             mine.positions += positions
-            crossings += self.policy.advance(self._state, stage, positions, running)
+            crossings += self.policy.advance(self._state, stage, positions, folded.running)
+            if self._rules_each_token and self.policy.has_rules:
+                scores = self._scores_after(stage, folded.scores[:, :, FUSED])
+                crossings += self.policy.advance_rules(self._state, positions, scores)
         return crossings
+
+    def _end_turn(self) -> list[Crossing]:
+        """Judges the stage's score as it stands, provisional or not: once what was said is said."""
+        if self._turn is None:
+            return []
+        mine = self._stages[self._turn]
+        score = self._plan.aggregator.score(mine.aggregate)
+        return self.policy.advance(self._state, self._turn, mine.positions[-1:], score[None])
 
     def _scores(self) -> tuple[NDArray[np.float64], list[Stage | None]]:
         """Each cluster's scores in the stage where its fused score is the highest."""
@@ -306,58 +421,84 @@ class Evidence:
                     best[index] = scores[index]
         return best, stages
 
-    def _attribution(self, index: int, stage: Stage | None, score: float) -> Attribution | None:
+    def _scores_after(self, stage: Stage, fused: NDArray[np.float64]) -> NDArray[np.float64]:
+        """As `_scores`, fused ones after each token of a turn.
+
+        Args:
+            fused: [n_tokens, n_clusters], the scores in the turn's stage.
+        """
+        looks = np.array([stage in cluster.stages for cluster in self._plan.spec.clusters])
+        scores = np.where(looks, fused, np.nan)
+        for other, evidence in self._stages.items():
+            if other is not stage:
+                theirs = self._plan.aggregator.score(evidence.aggregate)[:, FUSED]
+                looks = np.array([other in cluster.stages for cluster in self._plan.spec.clusters])
+                scores = np.fmax(scores, np.where(looks, theirs, np.nan))
+        return scores
+
+    def _window(self, index: int, stage: Stage | None) -> Window | None:
+        """What made a cluster's score in this stage; None where no token counted."""
         if stage is None:
             return None
         evidence = self._stages[stage]
         support = self._plan.aggregator.support(evidence.aggregate, index)
-        positions = evidence.positions[support.start : support.stop]
-        weights = support.weights
+        counted = np.flatnonzero(support.weights)
+        positions = [evidence.positions[support.start + int(i)] for i in counted]
         logits, acts = self._gather(positions)
-        cluster = self._plan.spec.clusters[index]
-        terms = self._plan.heads.contributions(index, acts)  # n n_terms
-        shares = weights @ terms
-        dense = float(cluster.fusion.dense * (weights @ logits[:, index, DENSE].astype(float)))
-        bias = float(cluster.fusion.bias * weights.sum())
-        latents = [
-            LatentContribution(
-                sae=latent.sae,
-                latent_id=latent.id,
-                label=latent.label,
-                contribution=float(shares[i]),
-                positions=tuple(np.asarray(positions)[terms[:, i] != 0].tolist()),
-            )
-            for i, latent in enumerate(cluster.latents)
-            if shares[i] != 0
-        ]
-        total = dense + bias + sum(latent.contribution for latent in latents)
-        return Attribution(
-            latents=tuple(sorted(latents, key=lambda x: -abs(x.contribution))),
-            dense=dense,
-            bias=bias,
-            gate=min(0.0, score - total) if support.gated else 0.0,
-            window_start=positions[0],
-            window_stop=positions[-1] + 1,
+        return Window(
+            cluster=self._plan.spec.clusters[index],
+            positions=np.asarray(positions, np.int64),
+            weights=support.weights[counted],
+            dense=logits[:, index, DENSE].astype(np.float64),
+            terms=self._plan.heads.contributions(index, acts),
+            is_gated=support.gated,
         )
 
     def _gather(self, positions: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The logits and dense activations of ascending positions."""
-        logits = np.empty((len(positions), self._plan.n_clusters, 3), np.float32)
-        acts = np.zeros((len(positions), self._plan.heads.n_latents), np.float32)
-        row_of = {position: row for row, position in enumerate(positions)}
+        wanted = np.asarray(positions)
+        logits = np.empty((len(wanted), self._plan.n_clusters, 3), np.float32)
+        acts = np.zeros((len(wanted), self._plan.heads.n_latents), np.float32)
         for block in self._blocks:
-            if block.stop <= positions[0] or block.start > positions[-1]:
+            first, last = np.searchsorted(wanted, (block.start, block.stop))
+            if first == last:
                 continue
-            for position in range(block.start, block.stop):
-                if position in row_of:
-                    logits[row_of[position]] = block.logits[position - block.start]
-            for row, column, value in zip(
-                block.act_rows, block.act_columns, block.act_values, strict=True
-            ):
-                position = block.start + int(row)
-                if position in row_of:
-                    acts[row_of[position], column] = value
+            rows = wanted[first:last] - block.start
+            logits[first:last] = block.logits[rows]
+            row_of = np.full(len(block.token_ids), -1)
+            row_of[rows] = np.arange(first, last)
+            ours = row_of[block.act_rows]
+            kept = ours >= 0
+            acts[ours[kept], block.act_columns[kept]] = block.act_values[kept]
         return logits, acts
+
+
+def _rows_by_stage(stages: Sequence[Stage | None]) -> dict[Stage, NDArray[np.int64]]:
+    """Indices of each stage's tokens, for the stages there are; excluded tokens are in none."""
+    if stages and (stage := stages[-1]) is not None and stages.count(stage) == len(stages):
+        return {stage: np.arange(len(stages))}
+    found = {}
+    for stage in Stage:
+        rows = np.flatnonzero(np.frombuffer(bytes([s is stage for s in stages]), np.bool_))
+        if len(rows):
+            found[stage] = rows
+    return found
+
+
+def turns(stages: Sequence[Stage | None]) -> list[tuple[Stage, NDArray[np.int64]]]:
+    """The rows of each turn: tokens of one stage with none of another between, in order."""
+    return _turns(_rows_by_stage(stages))
+
+
+def _turns(rows_of: dict[Stage, NDArray[np.int64]]) -> list[tuple[Stage, NDArray[np.int64]]]:
+    if len(rows_of) < 2:
+        return list(rows_of.items())
+    rows = np.concatenate(list(rows_of.values()))
+    stages = np.repeat(np.arange(len(rows_of)), [len(r) for r in rows_of.values()])
+    order = np.argsort(rows)
+    starts = np.flatnonzero(np.diff(stages[order])) + 1
+    names = list(rows_of)
+    return [(names[stages[part[0]]], rows[part]) for part in np.split(order, starts)]
 
 
 def _count(counts: dict[UnscoredReason, int], reason: UnscoredReason, n: int) -> None:

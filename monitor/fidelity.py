@@ -18,7 +18,7 @@ from monitor.served import Served
 from sae_core.diagnosis import Cause, Place, better_places, diagnose
 from sae_core.errors import SAECoreError
 from sae_core.fidelity import Bands, Measured, measure
-from sae_core.hook_points import HookPoint
+from sae_core.hook_points import HookPoint, n_layers_needed
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel
 from sae_core.language_model.processing import DEFAULT_PROCESSING
@@ -78,12 +78,14 @@ def check_fidelity(served: Served, *, explain: bool = True) -> tuple[SAEFidelity
 
     Args:
         explain: Whether to look for the causes where one is outside its bands; that loads more of
-            the model, and the SAE whole.
+            the model, and the SAE whole. Never done where the model is split over ranks: in one
+            process it might not fit.
 
     Raises:
         BundleError: The bundle has no probe texts, or no bands for an SAE.
     """
     bundle = served.bundle
+    explain = explain and served.scorer.language_model.config.n_ranks == 1
     found = []
     for sae_id in served.saes:
         content = bundle.fidelity.get(sae_id)
@@ -116,6 +118,34 @@ def measure_fidelity(served: Served, sae_id: str) -> tuple[Bands, tuple[Place, .
         return bands, better_places(sae, hook_point, measured, reader)
     except SAECoreError as error:
         raise BundleError(f"SAE {sae_id}: {error}") from error
+
+
+def load_fitting(
+    load: Callable[[str], Served], dtypes: Sequence[str], *, check: bool = True
+) -> Served:
+    """What `load` gives for the first data type in which every SAE lies within its bands.
+
+    The last one is not looked at: whether it fits is for the gate. Nor is one that cannot be
+    measured, as nothing speaks against it.
+
+    Args:
+        check: Off takes the first as it is.
+    """
+    for dtype in dtypes[:-1]:
+        served = load(dtype)
+        if not check:
+            return served
+        try:
+            unfit = [one for one in check_fidelity(served, explain=False) if not one.fits]
+        except BundleError as error:
+            log.warning("dtype_not_checked", dtype=dtype, reason=str(error))
+            return served
+        if not unfit:
+            return served
+        log.warning("dtype_unfit", dtype=dtype, reason="; ".join(one.message for one in unfit))
+        served.close()  # one group of processes at a time
+        del served, unfit  # two models would not fit where one just does
+    return load(dtypes[-1])
 
 
 def gate(served: Served) -> None:
@@ -195,9 +225,8 @@ def _loader(model: LanguageModel) -> Callable[[Sequence[HookPoint]], LanguageMod
     config = model.config
 
     def load(hook_points: Sequence[HookPoint]) -> LanguageModel:
-        return load_language_model(
-            config.folder, hook_points, device=config.device, dtype=config.dtype
-        )
+        devices = config.devices[: max(1, n_layers_needed(hook_points))]
+        return load_language_model(config.folder, hook_points, device=devices, dtype=config.dtype)
 
     return load
 

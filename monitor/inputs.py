@@ -47,12 +47,15 @@ class InputReader:
         self.vocab_size = vocab_size
         self.max_request_tokens = max_request_tokens
 
-    def read(self, request: ScoreRequest) -> TokenInput:
+    def read(self, request: ScoreRequest, stages: Sequence[Stage | None] = ()) -> TokenInput:
         """The request's tokens.
+
+        Args:
+            stages: one for each of `token_ids`, in place of the request's stage.
 
         Raises:
             InvalidRequestError: none or several inputs, empty input, ids out of the vocabulary,
-                an unknown role.
+                an unknown role, stages that are not one a token id.
             FingerprintError: token ids of another tokenizer.
             PayloadTooLargeError: more tokens than the limit.
         """
@@ -72,6 +75,11 @@ class InputReader:
         else:
             self.check_fingerprint(request.tokenizer_fingerprint)
             tokens = self.ids(request.token_ids or (), request.stage)
+            if stages:
+                if len(stages) != len(tokens.token_ids):
+                    expected = f"{len(tokens.token_ids)}, one a token id"
+                    raise InvalidRequestError("stages", f"{len(stages)} entries", expected)
+                tokens = replace(tokens, stages=list(stages))
         self.check_length(len(tokens.token_ids))
         return tokens
 

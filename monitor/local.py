@@ -8,14 +8,17 @@ from pathlib import Path
 
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
-from monitor.engine import Engine
-from monitor.fidelity import gate
+from monitor.engine import Engine, placement
+from monitor.fidelity import gate, load_fitting
+from monitor.graph_store import GraphPlace
 from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
+from monitor.parity import QUANTIZED, admit_quantized
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
 from monitor.sae_store import find_saes
 from monitor.served import Served, load_served
+from sae_core.language_model.products import Products
 
 UNBOUNDED = 2**31 - 1
 """Offline work is bounded by its caller, which awaits each result."""
@@ -28,20 +31,43 @@ def load_local(
     cache: Path,
     device: str = "cpu",
     dtype: str = "float32",
+    gpus: int = 1,
+    tensor_parallel: int = 1,
+    products: Products = "auto",
+    graph: GraphPlace | None = None,
     check_fit: bool = True,
     progress: Progress = lambda what, share: None,
 ) -> Served:
     """The bundle in `folder` with its model and SAEs, loaded.
 
-    See `load_bundle`, `find_model` and `find_saes`; and `fidelity.gate`, whose UnfitError comes
-    unless `check_fit` is off.
+    See `load_bundle`, `find_model`, `find_saes` and `load_served`; and `fidelity.gate`, whose
+    UnfitError comes unless `check_fit` is off; and `parity.admit_quantized` for int8.
     """
     bundle = load_bundle(folder)
     saes = find_saes(bundle, cache=cache, progress=progress)
     found = find_model(bundle, override=model, cache=cache, progress=progress)
-    served = load_served(bundle, found.folder, found.digest, saes, device=device, dtype=dtype)
+    device, dtypes = placement(device, dtype, "torch" if graph is None else "onnx")
+
+    def load(dtype: str) -> Served:
+        return load_served(
+            bundle,
+            found.folder,
+            found.digest,
+            saes,
+            device=device,
+            dtype=dtype,
+            gpus=gpus,
+            tensor_parallel=tensor_parallel,
+            products=products,
+            graph=graph,
+            progress=progress,
+        )
+
+    served = load_fitting(load, dtypes, check=check_fit)
     if check_fit:
         gate(served)
+    if dtype == QUANTIZED:
+        admit_quantized(served)
     return served
 
 

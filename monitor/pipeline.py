@@ -12,23 +12,21 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 
-import structlog
-
-from monitor.activations import ActivationsBuffer
+from monitor.activation_uploads import ActivationUploads
+from monitor.audit_log.record import Asked
+from monitor.audit_log.trace import TokenTrace
 from monitor.audit_log.writer import AuditLog
 from monitor.coverage import CoverageMeter
 from monitor.draft import DecisionDraft
-from monitor.engine import Engine, EngineResult, Priority
+from monitor.engine import Engine
+from monitor.engine_steps import EngineResult
 from monitor.errors import (
-    AuditError,
     DeadlineError,
     ForeignActivationsError,
-    MonitorError,
     NotFoundError,
     NotReadyError,
     PayloadTooLargeError,
@@ -36,38 +34,28 @@ from monitor.errors import (
     RequestError,
 )
 from monitor.inputs import InputReader, TokenInput
+from monitor.live_stream import LiveStream
 from monitor.metrics import Metrics
-from monitor.metrics.labels import FailOpen, Outcome, Rejection, RequestKind
-from monitor.policy import Crossing, Policy
+from monitor.metrics.labels import Outcome, Rejection, RequestKind
+from monitor.policy import Policy
 from monitor.records import (
-    Action,
     ActivationsChunk,
     ActivationsOpen,
-    Alert,
     ClusterInfo,
     Decision,
-    Gap,
     ScoreRequest,
     ServerInfo,
     ServerLimits,
     Stage,
     StreamOpen,
-    StreamUpdate,
     UnscoredReason,
-    Verdict,
 )
-from monitor.served import Served
-from monitor.stream_session import News, StreamScoring, TimingSums
+from monitor.served import LatentDrift, Served, no_drift
+from monitor.stream_session import OpenStreams, StreamSession
+from monitor.timing_sums import TimingSums
+from monitor.work_queue import Priority
 from sae_core.score_cache import ActivationSource, OwnForward
-
-log = structlog.get_logger(__name__)
-
-
-MAX_CHUNK_WAIT_SECONDS = 30.0
-"""How long given activations keep their place of the queue while nothing of them arrives."""
-
-CANCELLATION_SECONDS = 0.05
-"""How long a cancellation may take to follow the end of what was sent."""
+from sae_core.vitals import TextVitals
 
 
 class Pipeline:
@@ -86,6 +74,7 @@ class Pipeline:
         metrics: Metrics,
         limits: ServerLimits,
         stream_interval_seconds: float = 0.02,
+        max_detached_streams: int = 256,
         offline: bool = False,
     ) -> None:
         self.served = served
@@ -95,12 +84,21 @@ class Pipeline:
         self.limits = limits
         self.stream_interval_seconds = stream_interval_seconds
         self.offline = offline
-        self.n_streams = 0
         self.n_requests = 0
         self.draining = False
-        self._arriving_tokens = 0
+        self._streams = OpenStreams(
+            metrics,
+            max_streams=limits.max_streams,
+            resume_seconds=limits.resume_seconds,
+            max_detached=max_detached_streams,
+        )
+        self._uploads = ActivationUploads(engine, max_queue_tokens=limits.max_queue_tokens)
         self._given: dict[str, Served] = {}
-        self._reader = InputReader(
+        self.observe: Callable[[Decision, TextVitals], None] | None = None
+        """Told of every decision that our own forward pass made, once a baseline is there."""
+        self.latent_drift: LatentDrift = no_drift
+        """Says how a registered latent fires now, once a baseline is there."""
+        self.reader = InputReader(
             served.tokenizer,
             vocab_size=served.vocab_size,
             max_request_tokens=limits.max_request_tokens,
@@ -116,7 +114,15 @@ class Pipeline:
             hook_points=self.served.hook_points,
             vocab_size=self.served.vocab_size,
             ready=self.ready,
+            stale_clusters=tuple(
+                c.id for c in self.served.bundle.spec.clusters if c.id in self.served.plan.staleness
+            ),
         )
+
+    @property
+    def n_streams(self) -> int:
+        """Streams that a call holds now."""
+        return self._streams.n_open
 
     @property
     def ready(self) -> bool:
@@ -125,7 +131,7 @@ class Pipeline:
 
     def clusters(self) -> tuple[ClusterInfo, ...]:
         """The registered clusters, in bundle order."""
-        return self.served.cluster_infos()
+        return self.served.cluster_infos(self.latent_drift)
 
     def cluster(self, cluster_id: str) -> ClusterInfo:
         """One registered cluster, or NotFoundError."""
@@ -137,7 +143,7 @@ class Pipeline:
         return infos[cluster_id]
 
     async def score(
-        self, request: ScoreRequest, *, deadline_seconds: float | None = None
+        self, request: ScoreRequest, *, deadline_seconds: float | None = None, peer: str = ""
     ) -> Decision:
         """Scores one request whole.
 
@@ -146,31 +152,61 @@ class Pipeline:
 
         Args:
             deadline_seconds: what the caller is willing to wait; None for no limit of its own.
+            peer: whose turns in the engine these are where the request names no caller.
 
         Raises:
             MonitorError: see `monitor.errors`; the tokens are then counted as unscored.
         """
+        scored = await self._score(request, (), deadline_seconds, peer)
+        return scored[0]
+
+    async def score_traced(
+        self, request: ScoreRequest, *, stages: Sequence[Stage | None] = (), as_stream: bool = False
+    ) -> Traced:
+        """As `score`, with every token's scores as the audit log stores them.
+
+        Args:
+            stages: where each of the request's `token_ids` counts, in place of its one stage; None
+                is read and not scored.
+            as_stream: decide as of a stream of these tokens, however they came in pieces.
+        """
+        decision, run = await self._score(request, stages, None, "", as_stream=as_stream)
+        return Traced(decision=decision, trace=run.evidence.trace())
+
+    async def _score(
+        self,
+        request: ScoreRequest,
+        stages: Sequence[Stage | None],
+        deadline_seconds: float | None,
+        peer: str,
+        *,
+        as_stream: bool = False,
+    ) -> tuple[Decision, DecisionDraft]:
         started = time.monotonic()
         meter = CoverageMeter(self.metrics)
         with self._counted(_kind(request), meter) as end:
             self._admit(request.model)
             policy = self._policy(request.policy)
             timings = TimingSums()
-            tokens = await self._read(request, meter)
+            tokens = await self._read(request, stages, meter)
             timings.tokenize_seconds = time.monotonic() - started
-            run = self.draft(
+            run = self._draft(
                 policy,
                 want_attribution=request.want_attribution,
                 want_tokens=request.want_tokens,
+                asked=Asked(stage=_kind(request).value, priority=self._priority(tokens.stages)),
+                is_stream=as_stream,
             )
             source = OwnForward(self.engine.open_stream(), tokens.token_ids)
             callers = math.inf if deadline_seconds is None else started + deadline_seconds
-            failure = await self._run(run, tokens, source, timings, started, callers)
+            failure = await self._run(
+                *(run, tokens, source, timings, started, callers), caller=request.caller or peer
+            )
             decision = await self._concluded(
                 run, tokens, timings, started, request.caller, meter, failure
             )
-            end.outcome = _outcome(decision)
-            return decision
+            end.outcome = Outcome.of(decision)
+            return decision, run
 
     async def score_activations(
         self,
@@ -178,6 +214,7 @@ class Pipeline:
         chunks: AsyncIterator[ActivationsChunk],
         *,
         deadline_seconds: float | None = None,
+        peer: str = "",
     ) -> Decision:
         """Scores one request whole, from activations that the caller gives; as `score`.
 
@@ -198,35 +235,43 @@ class Pipeline:
                     f"model_digest: found {opened.model_digest or 'none':.80}, expected {digest} "
                     "(GetServerInfo tells it)"
                 )
-            tokens = self._reader.activations(opened)
+            tokens = self.reader.activations(opened)
             meter.expect(tokens.stages)
-            buffer = ActivationsBuffer(opened, self.served.scorer.language_model.widths)
-            with self._room_for(opened.n_tokens):
-                await _fill(buffer, chunks)
-                source = buffer.finish()
+            widths = self.served.scorer.language_model.widths
+            buffer = await self._uploads.receive(opened, chunks, widths)
+            source = buffer.finish()
             started = time.monotonic()
-            run = self.draft(
+            run = self._draft(
                 policy,
                 want_attribution=opened.want_attribution,
                 want_tokens=opened.want_tokens,
+                asked=Asked(stage=_kind(opened).value, priority=self._priority(tokens.stages)),
                 served=self._as_given(buffer.dtype),
             )
             timings = TimingSums()
-            failure = await self._run(run, tokens, source, timings, started, callers)
+            failure = await self._run(
+                *(run, tokens, source, timings, started, callers), caller=opened.caller or peer
+            )
             decision = await self._concluded(
                 run, tokens, timings, started, opened.caller, meter, failure
             )
-            end.outcome = _outcome(decision)
+            end.outcome = Outcome.of(decision)
             return decision
 
-    def open_stream(self, opened: StreamOpen) -> StreamSession:
+    def open_stream(self, opened: StreamOpen, *, peer: str = "") -> StreamSession:
         """A session for one stream; use it as an async context manager.
 
+        Args:
+            peer: as in `score`.
+
         Raises:
-            MonitorError: unknown policy or model, not ready, too many streams, bad context.
+            MonitorError: unknown policy or model, not ready, too many streams, bad context, no
+                such stream to reopen.
         """
         try:
             self._admit(opened.model)
+            if opened.resume is not None:
+                return self._streams.reopened(opened)
             policy = self._policy(opened.policy)
         except NotReadyError:
             self.metrics.rejected(self._why_not_ready())
@@ -234,20 +279,37 @@ class Pipeline:
         except RequestError:
             self.metrics.rejected(Rejection.INVALID)
             raise
-        if self.n_streams >= self.limits.max_streams:
-            self.metrics.rejected(Rejection.CONCURRENCY)
-            raise QueueFullError(
-                f"streams: {self.n_streams} are open, expected at most {self.limits.max_streams}",
-                retry_seconds=1.0,
-            )
-        return StreamSession(self, opened, policy)
+        self._streams.check_room()
+        run = self._draft(
+            policy,
+            want_attribution=opened.want_attribution,
+            want_tokens=opened.want_tokens,
+            asked=Asked(stage=opened.stage.value, priority=self._priority([opened.stage])),
+            is_stream=True,
+        )
+        stream = LiveStream(
+            opened,
+            run,
+            reader=self.reader,
+            engine=self.engine,
+            metrics=self.metrics,
+            peer=peer,
+            interval_seconds=self.stream_interval_seconds,
+        )
+        return StreamSession(stream, self._streams, opened)
 
-    def draft(
+    async def end_detached(self) -> None:
+        """Ends the streams that wait to be reopened, and returns when all are on record."""
+        await self._streams.end_detached()
+
+    def _draft(
         self,
         policy: Policy,
         *,
         want_attribution: bool,
         want_tokens: bool,
+        asked: Asked,
+        is_stream: bool = False,
         served: Served | None = None,
     ) -> DecisionDraft:
         """A decision to be made under the served bundle."""
@@ -258,11 +320,16 @@ class Pipeline:
             policy=policy,
             want_attribution=want_attribution,
             want_tokens=want_tokens,
+            asked=asked,
+            is_stream=is_stream,
+            observe=None if served is not None else self.observe,
         )
 
-    def reader(self) -> InputReader:
-        """How requests become tokens under the served bundle."""
-        return self._reader
+    def _priority(self, stages: Sequence[Stage | None]) -> Priority:
+        if self.offline:
+            return Priority.REPLAY
+        completion = Stage.COMPLETION in stages and Stage.PROMPT not in stages
+        return Priority.COMPLETION if completion else Priority.PROMPT
 
     def _admit(self, model: str | None) -> None:
         if model is not None and model != self.served.provenance.model:
@@ -271,8 +338,7 @@ class Pipeline:
             )
         if self.draining:
             raise NotReadyError("server: draining, expected a server that takes new work")
-        if not self.engine.alive:
-            raise NotReadyError("engine: not running, expected a live engine thread")
+        self.engine.check_alive()
 
     def _why_not_ready(self) -> Rejection:
         return Rejection.DRAINING if self.draining else Rejection.NOT_READY
@@ -285,11 +351,13 @@ class Pipeline:
             )
         return policies[name]
 
-    async def _read(self, request: ScoreRequest, meter: CoverageMeter) -> TokenInput:
+    async def _read(
+        self, request: ScoreRequest, stages: Sequence[Stage | None], meter: CoverageMeter
+    ) -> TokenInput:
         if request.token_ids is not None:
-            meter.expect([request.stage] * len(request.token_ids))
-            return self._reader.read(request)
-        tokens = await asyncio.to_thread(self._reader.read, request)
+            meter.expect(stages or [request.stage] * len(request.token_ids))
+            return self.reader.read(request, stages)
+        tokens = await asyncio.to_thread(self.reader.read, request)
         meter.expect(tokens.stages)
         return tokens
 
@@ -297,23 +365,6 @@ class Pipeline:
         if dtype not in self._given:
             self._given[dtype] = self.served.as_given(dtype)
         return self._given[dtype]
-
-    @contextmanager
-    def _room_for(self, n_tokens: int) -> Iterator[None]:
-        """While open, rows that are on their way take their place of the queue's limit."""
-        waiting = self.engine.queue_tokens + self._arriving_tokens
-        limit = self.limits.max_queue_tokens
-        if waiting and waiting + n_tokens > limit:
-            raise QueueFullError(
-                f"queue: {waiting} tokens wait or arrive and {n_tokens} more were announced, "
-                f"expected at most {limit}",
-                retry_seconds=1.0,
-            )
-        self._arriving_tokens += n_tokens
-        try:
-            yield
-        finally:
-            self._arriving_tokens -= n_tokens
 
     @contextmanager
     def _counted(self, kind: RequestKind, meter: CoverageMeter) -> Iterator[_End]:
@@ -357,23 +408,25 @@ class Pipeline:
         timings: TimingSums,
         started: float,
         callers: float,
+        *,
+        caller: str,
     ) -> UnscoredReason | None:
         """Scores the source into `run`; the reason where the policy's deadline came first.
 
         Args:
             started: from when the policy's own deadline counts, on the clock of time.monotonic.
             callers: the caller's deadline, on the same clock.
+            caller: whose turns in the engine these are; empty for nobody else's.
         """
         own = math.inf if self.offline else started + run.policy.model.deadline_ms / 1000
         deadline = min(own, callers)
-        completion = Stage.COMPLETION in tokens.stages and Stage.PROMPT not in tokens.stages
-        priority = Priority.COMPLETION if completion else Priority.PROMPT
         ids: Sequence[int | None] = tokens.token_ids or [None] * len(tokens.stages)
         try:
             result: EngineResult = await self.engine.score(
                 source,
-                priority=Priority.REPLAY if self.offline else priority,
+                priority=run.asked.priority,
                 deadline=None if math.isinf(deadline) else deadline,
+                caller=caller or None,
             )
         except DeadlineError:
             if callers <= own:
@@ -384,8 +437,11 @@ class Pipeline:
             if isinstance(source, OwnForward):
                 self.engine.close_stream(source.stream)
         timings.add(result)
+        run.take_fits(result.fits)
         began = time.monotonic()
-        run.take(run.evidence.add(ids, tokens.stages, result.logits, result.latent_acts))
+        run.take(
+            await run.evidence.add_in_slices(ids, tokens.stages, result.logits, result.latent_acts)
+        )
         timings.score_seconds = time.monotonic() - began
         return None
 
@@ -410,150 +466,12 @@ class Pipeline:
         )
 
 
-class StreamSession:
-    """One stream as its caller sees it. Leaving the context without `finish` cancels it."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Traced:
+    """A decision, and every token's scores."""
 
-    def __init__(self, pipeline: Pipeline, opened: StreamOpen, policy: Policy) -> None:
-        self._pipeline = pipeline
-        self._opened = opened
-        self._started = time.monotonic()
-        self._run = pipeline.draft(
-            policy, want_attribution=opened.want_attribution, want_tokens=opened.want_tokens
-        )
-        self._meter = CoverageMeter(pipeline.metrics)
-        self._finished = False
-        self.decision_id = self._run.decision_id
-        self.session_id = opened.session_id or self.decision_id
-        self._scoring = StreamScoring(
-            opened=opened,
-            reader=pipeline.reader(),
-            engine=pipeline.engine,
-            evidence=self._run.evidence,
-            gap_seconds=policy.model.deadline_ms / 1000,
-            on_progress=self._on_progress,
-            on_crossings=self._on_crossings,
-        )
-
-    @property
-    def first_position(self) -> int:
-        """Position of the first token that the caller sends: the length of the context."""
-        return self._scoring.first_position
-
-    async def __aenter__(self) -> StreamSession:
-        self._pipeline.n_streams += 1
-        self._pipeline.metrics.stream_opened()
-        try:
-            self._scoring.start()
-        except BaseException:
-            self._close()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._close()
-        if self._finished:
-            return
-        rejected = isinstance(error, MonitorError)
-        await self._scoring.abort(UnscoredReason.INVALID if rejected else UnscoredReason.CANCELLED)
-        # What was scored before the stream broke off stays on record.
-        await asyncio.shield(self._decide())
-        self._count(Outcome.REJECTED if rejected else Outcome.CANCELLED)
-
-    async def feed(
-        self,
-        start_index: int,
-        *,
-        token_ids: Sequence[int] | None = None,
-        text: str | None = None,
-    ) -> None:
-        """Queues the next piece; see `StreamScoring.feed` for what it raises."""
-        self._scoring.feed(start_index, token_ids=token_ids, text=text)
-
-    async def flush(self) -> None:
-        """Scores text that waits for more; an update follows when all is scored."""
-        self._scoring.flush()
-
-    async def updates(self) -> AsyncIterator[StreamUpdate]:
-        """Running results, merged while nobody reads; an alert is on disk before it is yielded.
-
-        Ends when `finish` or the end of the context has ended the stream.
-        """
-        async for news in self._scoring.news(self._pipeline.stream_interval_seconds):
-            for gap in news.gaps:
-                yield self._update(News(), gap)
-            if news.start_index is not None or news.alerts or news.flushed:
-                yield self._update(news)
-
-    async def finish(self) -> Decision:
-        """Ends the input, waits for the last score, records and returns the decision."""
-        await self._scoring.drain()
-        self._finished = True
-        # A caller that leaves now must not take the record along.
-        return await asyncio.shield(asyncio.create_task(self._conclude()))
-
-    async def _conclude(self) -> Decision:
-        decision = await self._decide()
-        self._count(_outcome(decision))
-        return decision
-
-    async def _decide(self) -> Decision:
-        return await self._run.decide(
-            timings=self._scoring.timings,
-            started=self._started,
-            coverage=self._scoring.coverage(),
-            token_ids=self._scoring.token_ids,
-            caller=self._opened.caller,
-            session_id=self.session_id,
-        )
-
-    def _update(self, news: News, gap: Gap | None = None) -> StreamUpdate:
-        judgement, _ = self._run.evidence.judge()
-        stop = self._run.evidence.n_tokens
-        start = stop if news.start_index is None else news.start_index
-        return StreamUpdate(
-            decision_id=self.decision_id,
-            session_id=self.session_id,
-            start_index=start,
-            processed_index=stop,
-            verdict=judgement.verdict,
-            action=judgement.action,
-            overall=judgement.overall,
-            clusters=self._run.evidence.results(attribution=[a.cluster for a in news.alerts]),
-            new_alerts=tuple(news.alerts),
-            tokens=self._run.tokens(start, stop),
-            coverage=self._scoring.coverage(),
-            gap=gap,
-        )
-
-    async def _on_crossings(self, crossings: Sequence[Crossing]) -> tuple[Alert, ...]:
-        """Alerts, counted and on disk: whether or not the caller reads its updates."""
-        alerts = self._run.take(crossings)
-        try:
-            await self._pipeline.audit_log.append_stream_alert(
-                self._update(News(alerts=list(alerts))),
-                policy=self._run.policy.name,
-                mode=self._run.policy.mode,
-                provenance=self._pipeline.served.provenance,
-            )
-        except AuditError as error:
-            log.error("audit_failed", decision_id=self.decision_id, error=str(error))
-            self._pipeline.metrics.failed_open(FailOpen.AUDIT)
-        return alerts
-
-    def _close(self) -> None:
-        self._pipeline.n_streams -= 1
-        self._pipeline.metrics.stream_closed()
-
-    def _count(self, outcome: Outcome) -> None:
-        self._pipeline.metrics.request_finished(RequestKind(self._opened.stage.value), outcome)
-
-    def _on_progress(self, scoring: StreamScoring) -> None:
-        self._meter.report(scoring.stage_coverage())
+    decision: Decision
+    trace: TokenTrace
 
 
 @dataclass(slots=True)
@@ -563,30 +481,6 @@ class _End:
     outcome: Outcome = Outcome.ERROR
 
 
-async def _fill(buffer: ActivationsBuffer, chunks: AsyncIterator[ActivationsChunk]) -> None:
-    """Takes every chunk; DeadlineError where the next one does not come."""
-    try:
-        while True:
-            async with asyncio.timeout(MAX_CHUNK_WAIT_SECONDS):
-                chunk = await anext(chunks, None)
-            if chunk is None:
-                break
-            buffer.take(chunk)
-    except TimeoutError:
-        raise DeadlineError(
-            f"chunk: none came for {MAX_CHUNK_WAIT_SECONDS:g} seconds, expected the next one"
-        ) from None
-    if not buffer.is_full:
-        # A caller that went away looks like one that stopped early, until its cancellation comes.
-        await asyncio.sleep(CANCELLATION_SECONDS)
-
-
 def _kind(request: ScoreRequest | ActivationsOpen) -> RequestKind:
     spans = request.messages is not None if isinstance(request, ScoreRequest) else request.stages
     return RequestKind.CHAT if spans else RequestKind(request.stage.value)
-
-
-def _outcome(decision: Decision) -> Outcome:
-    if decision.action is Action.BLOCK:
-        return Outcome.BLOCKED
-    return Outcome.OK if decision.verdict is Verdict.PASS else Outcome.FLAGGED

@@ -22,7 +22,7 @@ FUSED, DENSE, SAE = 0, 1, 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Crossing:
-    """A cluster (or rule) whose running score just reached its alert threshold."""
+    """A cluster whose running score just reached its alert threshold, or a rule that now holds."""
 
     cluster: str
     severity: Severity
@@ -100,12 +100,18 @@ class Policy:
             positions: request positions of these tokens, ascending.
             running: [n_tokens, n_clusters, 3], the running score after each token.
         """
+        if not len(positions):
+            return []
         crossings = []
+        highest = running[:, :, FUSED].max(axis=0)
         for index, cluster in enumerate(self._clusters):
-            if not self._included[index] or stage not in cluster.stages or not len(positions):
+            if not self._included[index] or stage not in cluster.stages:
+                continue
+            mine, limits = state.clusters[index], cluster.thresholds
+            is_quiet = highest[index] < min(limits.flag, limits.alert)
+            if is_quiet and stage not in mine.open_stages:
                 continue
             scores = running[:, index, FUSED]
-            mine = state.clusters[index]
             crossings += self._advance_cluster(mine, cluster, stage, positions, scores)
         return crossings
 
@@ -152,20 +158,21 @@ class Policy:
         return opened
 
     def judge(self, state: PolicyState, scores: NDArray[np.float64]) -> Judgement:
-        """The verdict over all clusters, and the rules that hold.
+        """The verdict over all clusters, and the rules that hold or have held.
 
         Args:
             scores: [n_clusters, 3], NaN where a cluster has seen no token.
         """
+        held = state.fired_rules | self._held(scores[None, :, FUSED]).keys()
         rules = tuple(
             RuleResult(rule=rule.id, severity=rule.severity)
             for rule in self._rules
-            if all(self._holds(condition, scores) for condition in rule.all)
+            if rule.id in held
         )
         verdicts = [
             state.clusters[i].verdict for i, included in enumerate(self._included) if included
         ]
-        if rules or state.fired_rules:
+        if rules:
             verdicts.append(Verdict.ALERT)
         verdict = max(verdicts, key=lambda v: v.rank, default=Verdict.PASS)
         action = Action.ALLOW
@@ -182,59 +189,107 @@ class Policy:
 
     def new_rules(self, state: PolicyState, judgement: Judgement) -> list[Crossing]:
         """Rules that hold now and had not fired before in this request."""
-        crossings = []
-        for rule in judgement.rules:
-            if rule.rule not in state.fired_rules:
-                state.fired_rules.add(rule.rule)
-                crossings.append(
-                    Crossing(
-                        cluster=f"rule:{rule.rule}",
-                        severity=rule.severity,
-                        stage=None,
-                        score=judgement.overall.fused,
-                        position=None,
-                    )
-                )
-        return crossings
+        new = [rule for rule in judgement.rules if rule.rule not in state.fired_rules]
+        state.fired_rules.update(rule.rule for rule in new)
+        return [_rule_crossing(rule, judgement.overall.fused, None) for rule in new]
 
-    def _holds(self, condition: RuleCondition, scores: NDArray[np.float64]) -> bool:
+    @property
+    def has_rules(self) -> bool:
+        """Whether the bundle has joint rules."""
+        return bool(self._rules)
+
+    def advance_rules(
+        self, state: PolicyState, positions: Sequence[int], scores: NDArray[np.float64]
+    ) -> list[Crossing]:
+        """Asks the joint rules after each of these tokens; those that held and had not before.
+
+        Args:
+            positions: request positions of the tokens, ascending.
+            scores: [n_tokens, n_clusters], fused, NaN where a cluster has seen no token.
+        """
+        crossings = []
+        for rule, row in self._held(scores).items():
+            if rule not in state.fired_rules:
+                state.fired_rules.add(rule)
+                (severity,) = (r.severity for r in self._rules if r.id == rule)
+                then = np.full((len(self._clusters), 3), np.nan)
+                then[:, FUSED] = scores[row]
+                overall = self._overall(then, Verdict.ALERT)
+                result = RuleResult(rule=rule, severity=severity)
+                crossings.append(_rule_crossing(result, overall.fused, positions[row]))
+        return sorted(crossings, key=lambda crossing: crossing.position or 0)
+
+    def _held(self, scores: NDArray[np.float64]) -> dict[str, int]:
+        """The rules that hold at some of [n_tokens, n_clusters] scores, and the first such row."""
+        found = {}
+        for rule in self._rules:
+            rows = np.logical_and.reduce([self._holds(c, scores) for c in rule.all])
+            if rows.any():
+                found[rule.id] = int(rows.argmax())
+        return found
+
+    def _holds(self, condition: RuleCondition, scores: NDArray[np.float64]) -> NDArray[np.bool_]:
         index = next(i for i, c in enumerate(self._clusters) if c.id == condition.cluster)
-        score = float(scores[index, FUSED])
-        if np.isnan(score):
-            return False
+        score = scores[:, index]  # a comparison with NaN is false
         limits = self._clusters[index].thresholds
         named: Mapping[str, float] = {"flag": limits.flag, "alert": limits.alert}
         side = condition.above if condition.above is not None else condition.below
         limit = named[side] if isinstance(side, str) else float(side or 0.0)
-        return score >= limit if condition.above is not None else score < limit
+        held: NDArray[np.bool_] = score >= limit if condition.above is not None else score < limit
+        return held
 
     def _overall(self, scores: NDArray[np.float64], verdict: Verdict) -> Overall:
-        """The largest cluster score from each source, on a scale with flag at 0 and alert at 1.
+        """Each source's score on a scale with flag at 0 and alert at 1; NaN where it has none.
 
-        Fused agrees with the verdict: a rule or an episode that has cleared again lifts it to the
-        level that the verdict says. NaN where a source has no score.
+        The largest of all clusters; or that of the cluster which the policy is `ranked_by`, unless
+        another one is in a higher zone. Fused agrees with the verdict: a rule or an episode that
+        has cleared again lifts it to the level that the verdict says.
         """
-        best = {FUSED: -np.inf, DENSE: -np.inf, SAE: -np.inf}
-        for index, cluster in enumerate(self._clusters):
-            if not self._included[index]:
-                continue
-            limits = {
-                FUSED: (cluster.thresholds.flag, cluster.thresholds.alert),
-                DENSE: _solo(cluster.solo.dense),
-                SAE: _solo(cluster.solo.sae),
-            }
-            for source, (flag, alert) in limits.items():
-                value = float(scores[index, source])
-                if source == DENSE and cluster.dense_head is None:
-                    continue
-                if source == SAE and not cluster.latents:
-                    continue
-                if not np.isnan(value):
-                    best[source] = max(best[source], (value - flag) / (alert - flag))
-        floor = {Verdict.PASS: -np.inf, Verdict.FLAG: 0.0, Verdict.ALERT: 1.0}[verdict]
-        best[FUSED] = max(best[FUSED], floor)
-        fused, dense, sae = (v if np.isfinite(v) else float("nan") for v in best.values())
+        fused, dense, sae = (self._ranking(scores, source) for source in (FUSED, DENSE, SAE))
+        if verdict is not Verdict.PASS:
+            floor = 1.0 if verdict is Verdict.ALERT else 0.0
+            fused = max(floor, fused) if np.isfinite(fused) else floor
         return Overall(fused=fused, dense=dense, sae=sae)
+
+    def _ranking(self, scores: NDArray[np.float64], source: int) -> float:
+        own = largest = -np.inf
+        for index, cluster in enumerate(self._clusters):
+            value = float(scores[index, source])
+            if not self._included[index] or np.isnan(value):
+                continue
+            if source == DENSE and cluster.dense_head is None:
+                continue
+            if source == SAE and not cluster.latents:
+                continue
+            flag, alert = _limits(cluster, source)
+            level = (value - flag) / (alert - flag)
+            largest = max(largest, level)
+            if cluster.id == self.model.ranked_by:
+                own = level
+        # A cluster of another stage has no score here: then the largest stands in.
+        ranking = own if np.isfinite(own) and _zone(own) == _zone(largest) else largest
+        return ranking if np.isfinite(ranking) else float("nan")
+
+
+def _rule_crossing(rule: RuleResult, score: float, position: int | None) -> Crossing:
+    return Crossing(
+        cluster=f"rule:{rule.rule}",
+        severity=rule.severity,
+        stage=None,
+        score=score,
+        position=position,
+    )
+
+
+def _limits(cluster: ClusterModel, source: int) -> tuple[float, float]:
+    if source == FUSED:
+        return cluster.thresholds.flag, cluster.thresholds.alert
+    return _solo(cluster.solo.dense if source == DENSE else cluster.solo.sae)
+
+
+def _zone(level: float) -> int:
+    """0 below flag, 1 up to alert, 2 from there on."""
+    return int(level >= 0) + int(level >= 1)
 
 
 def _solo(limits: SoloThreshold | None) -> tuple[float, float]:

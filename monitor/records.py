@@ -53,6 +53,25 @@ class Mode(StrEnum):
     ENFORCE = "enforce"
 
 
+class AuditLevel(StrEnum):
+    """How much of a decision the audit log stores; each holds what those before it hold."""
+
+    NONE = "none"
+    METADATA = "metadata"
+    """Who, when, which versions, verdicts, counts and timings; no scores."""
+    SCORES = "scores"
+    """And every score, each token's too, and the attribution of what alerted."""
+    TOKENS = "tokens"
+    """And the token ids, sealed."""
+    CONTENT = "content"
+    """And the texts of the tokens, sealed."""
+
+    @property
+    def rank(self) -> int:
+        """0 for none, rising with what is stored."""
+        return ("none", "metadata", "scores", "tokens", "content").index(self.value)
+
+
 class UnscoredReason(StrEnum):
     """Why a received token got no score; a closed set, used as a metric label."""
 
@@ -64,6 +83,16 @@ class UnscoredReason(StrEnum):
     EXCLUDED = "excluded"
     """BOS, template and system tokens: read by the model, left out of scores by role."""
     NOT_READY = "not_ready"
+
+
+class StepFailure(StrEnum):
+    """Why a step of the engine failed; a closed set, used as a metric label."""
+
+    MEMORY = "memory"
+    NOT_FINITE = "not_finite"
+    INPUT = "input"
+    """Ids or lengths that the model cannot take."""
+    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +126,18 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamResume:
+    """Where the caller of a stream stood when its call broke off."""
+
+    start_index: int = 0
+    """The lowest index (tokens, or characters of text) from which it can send again."""
+    processed_index: int = 0
+    """Of the last update that arrived."""
+    n_alerts: int = 0
+    """Alerts that arrived in updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamOpen:
     """The first message of a stream: what the tokens that follow are."""
 
@@ -111,6 +152,10 @@ class StreamOpen:
     want_attribution: bool = False
     caller: str | None = None
     model: str | None = None
+    resumable: bool = False
+    """Whether the stream waits for its caller where the call breaks off."""
+    resume: StreamResume | None = None
+    """Reopens the stream `session_id` in place of opening one."""
 
 
 class ActivationDtype(StrEnum):
@@ -233,6 +278,8 @@ class ClusterResult:
     """First position at which the running score reached the flag threshold."""
     calibrated: bool
     """False where no calibration artefact covers this exact model, SAE, dtype and backend."""
+    stale: bool = False
+    """True where the cluster has left the bounds of its canaries or of its calibration."""
     benign_p: float | None = None
     """Share of benign calibration texts that score at least this high; None without calibration."""
     attribution: Attribution | None = None
@@ -248,6 +295,23 @@ class Overall:
     fused: float
     dense: float
     sae: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anomaly:
+    """How unusual a text is for the SAEs: spreads above the mean of benign texts of its length.
+
+    Informational; nothing is decided on them. None where not measured.
+    """
+
+    registered_l0: float | None
+    """Active registered latents a token."""
+    distance: float | None
+    """Of the registered latents' mean activations from those of benign texts."""
+    l0: float | None
+    """Active latents of the whole SAE a token, where this text was sampled."""
+    fvu: float | None
+    """Fraction of variance unexplained, where this text was sampled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,6 +393,8 @@ class Decision:
     timings: Timings
     provenance: Provenance
     tokens: tuple[TokenScores, ...] = ()
+    anomaly: Anomaly | None = None
+    """How unusual the text is; None without a calibration baseline."""
     session_id: str = ""
     """The stream's name; empty for a unary request."""
     sequence: int | None = None
@@ -375,6 +441,13 @@ class LatentInfo:
     weight: float
     scale: float
     label: str
+    baseline_rate: float | None = None
+    """Share of benign calibration tokens on which it fires; None without a baseline."""
+    live_rate: float | None = None
+    """The same of the last window of traffic; None before the first has ended."""
+    drift: int = 0
+    """1 where it fires more than twice as often in the last window of traffic, -1 less than half
+    as often."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -392,6 +465,8 @@ class ClusterInfo:
     alert: float
     clear: float
     calibrated: bool
+    stale_reasons: tuple[str, ...] = ()
+    """Why it has left its bounds; none where it is within them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,6 +477,8 @@ class ServerLimits:
     max_request_tokens: int
     max_queue_tokens: int
     max_streams: int
+    resume_seconds: float = 0.0
+    """How long a resumable stream waits to be reopened; 0 where none is kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,3 +492,5 @@ class ServerInfo:
     hook_points: tuple[str, ...]
     vocab_size: int
     ready: bool
+    stale_clusters: tuple[str, ...] = ()
+    """Ids of the clusters that have left their bounds."""

@@ -7,31 +7,54 @@ began with.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from monitor import __version__
+from monitor.baselines import Expected, find_expected
 from monitor.bundle import Bundle
 from monitor.bundle_spec import BundleSpec
-from monitor.engine import torch_dtype
-from monitor.errors import BundleError, ModelStoreError
+from monitor.canary_spec import Canary, CanaryExpectation
+from monitor.engine import devices, torch_dtype
+from monitor.errors import BundleError, ModelStoreError, SettingsError
 from monitor.evidence import BenignP, ClusterPlan, aggregate_specs
+from monitor.graph_store import GraphPlace, Progress, graph_identity, on_graph, open_graph
 from monitor.policy import Policy
-from monitor.records import ClusterInfo, Provenance
+from monitor.records import ClusterInfo, LatentInfo, Provenance
 from monitor.sae_store import SAEFiles
 from sae_core.aggregation import Aggregator
-from sae_core.errors import ModelLoadError, SAECoreError, TokenizerError
+from sae_core.errors import (
+    ExportError,
+    ModelLoadError,
+    RankError,
+    SAECoreError,
+    TokenizerError,
+)
 from sae_core.formats import load_sae
-from sae_core.heads import Cluster, ClusterHeads, LatentTerm
+from sae_core.heads import Cluster, ClusterHeads, LatentTerm, heads_digest
 from sae_core.hook_points import HookPoint, parse_hook_point
 from sae_core.language_model.loading import load_language_model
+from sae_core.language_model.model import LanguageModel
+from sae_core.language_model.products import Products
+from sae_core.language_model.ranks import load_tensor_parallel
 from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
 from sae_core.sae import SAE
 from sae_core.scorer import Scorer
 
 CALLER = "caller"
 """Backend of activations that a caller gave."""
+
+LatentDrift = Callable[[str, int], tuple[int, float | None]]
+"""SAE and latent to `LatentInfo.drift` and `LatentInfo.live_rate`."""
+
+
+def no_drift(sae: str, latent: int) -> tuple[int, float | None]:
+    """Nothing is known of the latent's live rate."""
+    return 0, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +73,10 @@ class Served:
     vocab_size: int
     uncalibrated_reasons: Mapping[str, str]
     """Why a cluster's thresholds are no calibrated claim here; calibrated ones are absent."""
+    expected: Expected | None = None
+    """What traffic like the calibration's does; None where nothing here is calibrated so."""
+    no_baseline: str = ""
+    """Why that is so."""
 
     def as_given(self, dtype: str) -> Served:
         """The same, as it scores activations of this dtype that a caller gave.
@@ -57,13 +84,31 @@ class Served:
         A calibration covers them where it was made with the backend "caller" and this dtype.
         """
         provenance = replace(self.provenance, dtype=dtype, backend=CALLER)
-        reasons = _uncalibrated(self.bundle, provenance)
+        facts = calibration_facts(self.bundle, provenance, self.plan.heads)
+        reasons = _uncalibrated(self.bundle, facts)
+        expected, no_baseline = find_expected(self.bundle, facts, self.plan.heads)
         plan = replace(
             self.plan,
             calibrated=tuple(c.id not in reasons for c in self.bundle.spec.clusters),
             benign_p=_benign_p(self.bundle, reasons),
         )
-        return replace(self, provenance=provenance, plan=plan, uncalibrated_reasons=reasons)
+        return replace(
+            self,
+            provenance=provenance,
+            plan=plan,
+            uncalibrated_reasons=reasons,
+            expected=expected,
+            no_baseline=no_baseline,
+        )
+
+    @property
+    def logits_key(self) -> str:
+        """Equal where equal tokens have equal logits, whatever thresholds and aggregates are."""
+        facts = calibration_facts(self.bundle, self.provenance, self.plan.heads)
+        if len(self.bundle.sae_digests()) < len(self.bundle.spec.saes):
+            facts["bundle_digest"] = self.provenance.bundle_digest
+        facts["server_version"] = self.provenance.server_version
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
     def reuse_key(self) -> str:
@@ -71,10 +116,37 @@ class Served:
         p = self.provenance
         return " ".join((p.model_digest, p.bundle_digest, p.dtype, p.backend, p.server_version))
 
-    def cluster_infos(self) -> tuple[ClusterInfo, ...]:
+    def with_canaries(
+        self, canaries: tuple[Canary, ...], expectation: CanaryExpectation | None
+    ) -> Served:
+        """The same with other canaries."""
+        bundle = replace(self.bundle, canaries=canaries, canary_expectation=expectation)
+        return replace(self, bundle=bundle)
+
+    def close(self) -> None:
+        """Ends the other processes of a tensor-parallel model; nothing can be scored then."""
+        self.scorer.language_model.close()
+
+    def cluster_infos(self, drift: LatentDrift = no_drift) -> tuple[ClusterInfo, ...]:
         """The registry's view of the clusters."""
         ids = [cluster.id for cluster in self.bundle.spec.clusters]
-        return self.bundle.cluster_infos(dict(zip(ids, self.plan.calibrated, strict=True)))
+        infos = self.bundle.cluster_infos(dict(zip(ids, self.plan.calibrated, strict=True)))
+        staleness = self.plan.staleness
+        rates = {} if self.expected is None else self.expected.baseline.rates()
+
+        def watched(latent: LatentInfo) -> LatentInfo:
+            sign, live = drift(latent.sae, latent.latent_id)
+            baseline = rates.get((latent.sae, latent.latent_id))
+            return replace(latent, baseline_rate=baseline, live_rate=live, drift=sign)
+
+        return tuple(
+            replace(
+                info,
+                stale_reasons=staleness.reasons(info.cluster),
+                latents=tuple(map(watched, info.latents)),
+            )
+            for info in infos
+        )
 
 
 def load_served(
@@ -85,34 +157,119 @@ def load_served(
     *,
     device: str = "cpu",
     dtype: str = "float32",
+    gpus: int = 1,
+    tensor_parallel: int = 1,
+    products: Products = "auto",
+    graph: GraphPlace | None = None,
+    progress: Progress = lambda what, share: None,
 ) -> Served:
     """Loads what the bundle names and proves that the parts belong together.
 
     Args:
         model_digest: digest of the model's folder, as `model_store` found it.
         saes: the files of the bundle's SAEs, as `sae_store` found them.
+        dtype: float32 or bfloat16; float32 or int8 with a graph.
+        gpus: CUDA devices that the model's blocks are spread over.
+        tensor_parallel: processes that every block is split over; `close` what is returned.
+        products: what multiplies the model's matrices on the CPU; torch for a model to export.
+        graph: the exported graph that makes the scores (backend onnx); None for torch.
 
     Raises:
+        SettingsError: there are fewer CUDA devices; or the graph cannot be had, or is of something
+            else.
         BundleError: an SAE, head or tokenizer that does not fit the model.
         ModelStoreError: the model's folder cannot be loaded.
     """
-    spec = bundle.spec
-    try:
+    with _explaining(bundle, model_folder):
         loaded_saes = _load_saes(bundle, saes)
-        hook_points = _hook_points(spec)
-        language_model = load_language_model(
-            model_folder, hook_points.values(), device=device, dtype=torch_dtype(dtype)
-        )
         tokenizer = load_tokenizer(model_folder)
-        scorer = Scorer(language_model, tokenizer, loaded_saes, _heads(bundle))
-    except (ModelLoadError, TokenizerError) as error:
+        hook_points = list(_hook_points(bundle.spec).values())
+        heads = _heads(bundle)
+
+        def in_torch(device: str = "cpu", dtype: str = "float32") -> Scorer:
+            language_model = _load_model(
+                model_folder,
+                hook_points,
+                device=device,
+                dtype=dtype,
+                gpus=gpus,
+                tensor_parallel=tensor_parallel,
+                products=products if graph is None else "torch",
+            )
+            try:
+                return Scorer(language_model, tokenizer, loaded_saes, heads)
+            except BaseException:
+                language_model.close()
+                raise
+
+        if graph is None:
+            backend = f"torch-{device}"
+            if tensor_parallel > 1:
+                backend += f"-tp{tensor_parallel}"
+            scorer = in_torch(device, dtype)
+        else:
+            backend = f"onnx-{device}"
+            identity = graph_identity(bundle.digest, model_digest)
+            session = open_graph(
+                graph, in_torch, identity=identity, device=device, dtype=dtype, progress=progress
+            )
+            scorer = on_graph(session, model_folder, tokenizer, loaded_saes, heads)
+    try:
+        return _assemble(bundle, scorer, model_digest, loaded_saes, dtype, backend)
+    except BaseException:
+        scorer.language_model.close()
+        raise
+
+
+def _load_model(
+    folder: Path,
+    hook_points: Sequence[HookPoint],
+    *,
+    device: str,
+    dtype: str,
+    gpus: int,
+    tensor_parallel: int,
+    products: Products,
+) -> LanguageModel:
+    places = devices(device, gpus)
+    if tensor_parallel == 1:
+        return load_language_model(
+            folder, hook_points, device=places, dtype=torch_dtype(dtype), products=products
+        )
+    if device == "cuda":
+        devices(device, tensor_parallel, setting="tensor_parallel")
+    return load_tensor_parallel(
+        folder, hook_points, n_ranks=tensor_parallel, device=device, dtype=torch_dtype(dtype)
+    )
+
+
+@contextmanager
+def _explaining(bundle: Bundle, model_folder: Path) -> Iterator[None]:
+    """Says of what goes wrong in here whether it is the model's or the bundle's."""
+    try:
+        yield
+    except (ModelLoadError, TokenizerError, RankError) as error:
         raise ModelStoreError(f"model {model_folder}: {error}") from error
+    except ExportError as error:
+        raise SettingsError(f"backend: onnx: {error}") from error
     except SAECoreError as error:
         raise BundleError(f"bundle {bundle.label}: {error}") from error
+
+
+def _assemble(
+    bundle: Bundle,
+    scorer: Scorer,
+    model_digest: str,
+    loaded_saes: Mapping[str, tuple[HookPoint, SAE]],
+    dtype: str,
+    backend: str,
+) -> Served:
+    spec, tokenizer = bundle.spec, scorer.tokenizer
     wanted = spec.model.tokenizer_digest
     if wanted is not None and wanted != tokenizer.fingerprint:
         raise BundleError(
-            f"model.tokenizer_digest: found {tokenizer.fingerprint} in {model_folder}, "
+            f"model.tokenizer_digest: found {tokenizer.fingerprint} in "
+            f"{scorer.language_model.config.folder}, "
             f"expected {wanted}"
         )
     provenance = Provenance(
@@ -122,10 +279,12 @@ def load_served(
         bundle=bundle.label,
         bundle_digest=bundle.digest,
         dtype=dtype,
-        backend=f"torch-{device}",
+        backend=backend,
         server_version=__version__,
     )
-    reasons = _uncalibrated(bundle, provenance)
+    facts = calibration_facts(bundle, provenance, scorer.heads)
+    reasons = _uncalibrated(bundle, facts)
+    expected, no_baseline = find_expected(bundle, facts, scorer.heads)
     return Served(
         bundle=bundle,
         scorer=scorer,
@@ -140,9 +299,11 @@ def load_served(
         ),
         provenance=provenance,
         policies={name: Policy(name, spec) for name in spec.policies},
-        hook_points=tuple(str(point) for point in hook_points.values()),
-        vocab_size=language_model.config.vocab_size,
+        hook_points=tuple(str(point) for point in _hook_points(spec).values()),
+        vocab_size=scorer.language_model.config.vocab_size,
         uncalibrated_reasons=reasons,
+        expected=expected,
+        no_baseline=no_baseline,
     )
 
 
@@ -194,23 +355,38 @@ def _heads(bundle: Bundle) -> ClusterHeads:
     return ClusterHeads(clusters, list(bundle.spec.saes))
 
 
-def _uncalibrated(bundle: Bundle, provenance: Provenance) -> dict[str, str]:
+def calibration_facts(
+    bundle: Bundle, provenance: Provenance, heads: ClusterHeads
+) -> dict[str, object]:
+    """What token logits depend on, as a calibration artefact records it and is compared with."""
+    return {
+        "model_digest": provenance.model_digest,
+        "tokenizer_digest": provenance.tokenizer_fingerprint,
+        "sae_digests": bundle.sae_digests(),
+        "heads_digest": heads_digest(heads),
+        "dtype": provenance.dtype,
+        "backend": provenance.backend,
+    }
+
+
+def _uncalibrated(bundle: Bundle, facts: Mapping[str, object]) -> dict[str, str]:
     """Per cluster, the first thing in which its artefact differs from what is served."""
+    digests = bundle.sae_digests()
+    unpinned = [sae_id for sae_id in bundle.spec.saes if sae_id not in digests]
     reasons: dict[str, str] = {}
     for cluster in bundle.spec.clusters:
         if cluster.calibration is None:
             reasons[cluster.id] = "no calibration artefact"
             continue
         artefact = bundle.calibration[cluster.calibration]
-        served = {
-            "model_digest": provenance.model_digest,
-            "tokenizer_digest": provenance.tokenizer_fingerprint,
-            "dtype": provenance.dtype,
-            "backend": provenance.backend,
-        }
-        for key, found in served.items():
+        if unpinned:
+            reasons[cluster.id] = (
+                f"sae_digests: {unpinned[0]} is not in the bundle and not pinned (`bundle seal`)"
+            )
+            continue
+        for key, found in facts.items():
             if artefact.get(key) != found:
-                reasons[cluster.id] = f"{key}: found {found}, calibrated on {artefact.get(key)}"
+                reasons[cluster.id] = _difference(key, found, artefact.get(key))
                 break
         else:
             if artefact.get("calibrated") is not True:
@@ -219,7 +395,17 @@ def _uncalibrated(bundle: Bundle, provenance: Provenance) -> dict[str, str]:
                 )
             elif _thresholds(artefact, cluster.id) != cluster.thresholds.model_dump():
                 reasons[cluster.id] = "thresholds in bundle.yaml are not the calibrated ones"
+            elif _entry(artefact, cluster.id).get("aggregate") != cluster.aggregate.model_dump():
+                reasons[cluster.id] = "the aggregate in bundle.yaml is not the calibrated one"
     return reasons
+
+
+def _difference(key: str, found: object, calibrated: object) -> str:
+    if isinstance(found, dict) and isinstance(calibrated, dict):
+        for name in sorted(found.keys() | calibrated.keys()):
+            if found.get(name) != calibrated.get(name):
+                return _difference(f"{key}.{name}", found.get(name), calibrated.get(name))
+    return f"{key}: found {found}, calibrated on {calibrated}"
 
 
 def _entry(artefact: Mapping[str, object], cluster: str) -> Mapping[str, object]:

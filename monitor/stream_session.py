@@ -1,404 +1,256 @@
-"""One stream's scoring: tokens or text come in pieces, news goes out, in the order of position.
+"""The calls that hold streams, and the streams that wait for a caller to come back.
 
-Whatever waited while the engine was busy is scored as one piece, and news is merged while the
-reader is slow, so a stream never costs more messages than its reader takes.
-
-Text is tokenised as a whole each time. Where a new piece changes tokens that were already scored,
-the session goes back to the last token that stands and scores on from there; the last few tokens
-wait for more text, which makes that rare.
-
-Under overload tokens wait for `gap_seconds` and then become a gap: they get no score, but they
-stay part of the context, so that later scores are what they would have been.
+A resumable stream whose call breaks off stays, with its scores, and its keys and values in the
+cache's budget, until it is reopened, or until nobody came for too long: then it ends as cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
 
-from monitor.coverage import StageCount
-from monitor.engine import Engine, EngineResult, Priority
 from monitor.errors import (
     InvalidRequestError,
     MonitorError,
-    PayloadTooLargeError,
     QueueFullError,
+    StreamBrokenError,
+    StreamNotFoundError,
     StreamPositionError,
 )
-from monitor.evidence import Evidence
-from monitor.inputs import InputReader, TokenInput
-from monitor.policy import Crossing
-from monitor.records import Alert, Coverage, Gap, Stage, StreamOpen, Timings, UnscoredReason
-from sae_core.score_cache import OwnForward
-
-TEXT_HOLDBACK_TOKENS = 4
-"""Tokens at the end of a text stream that wait for more text, a flush or the end."""
+from monitor.live_stream import LiveStream
+from monitor.metrics import Metrics
+from monitor.metrics.labels import Outcome, Rejection, Resume
+from monitor.records import Decision, StreamOpen, StreamUpdate, UnscoredReason
 
 
-@dataclass(slots=True)
-class TimingSums:
-    """Seconds by stage, summed over one request."""
-
-    tokenize_seconds: float = 0.0
-    queue_seconds: float = 0.0
-    forward_seconds: float = 0.0
-    encode_seconds: float = 0.0
-    score_seconds: float = 0.0
-
-    def add(self, result: EngineResult) -> None:
-        """Adds one piece of the engine's work."""
-        self.queue_seconds += result.queue_seconds
-        self.forward_seconds += result.forward_seconds
-        self.encode_seconds += result.encode_seconds
-
-    def record(self, *, audit_seconds: float, total_seconds: float) -> Timings:
-        """The sums as a record."""
-        return Timings(
-            tokenize_seconds=self.tokenize_seconds,
-            queue_seconds=self.queue_seconds,
-            forward_seconds=self.forward_seconds,
-            encode_seconds=self.encode_seconds,
-            score_seconds=self.score_seconds,
-            audit_seconds=audit_seconds,
-            total_seconds=total_seconds,
-        )
-
-
-@dataclass(slots=True)
-class News:
-    """What happened since the reader last took news."""
-
-    start_index: int | None = None
-    """First position scored anew; None where no token was."""
-    alerts: list[Alert] = field(default_factory=list)
-    """Already recorded and counted."""
-    gaps: list[Gap] = field(default_factory=list)
-    flushed: bool = False
-
-    def __bool__(self) -> bool:
-        return bool(self.alerts or self.gaps or self.flushed) or self.start_index is not None
-
-
-class StreamScoring:
-    """The scoring of one stream; `monitor.pipeline` adds verdict records, audit and metrics.
+class OpenStreams:
+    """Every stream that is open. Call from one event loop.
 
     Args:
-        gap_seconds: how long tokens may wait under overload before they become a gap.
-        on_progress: called on the event loop after every change of coverage.
-        on_crossings: records what crossed an alert threshold and gives back the alerts; awaited
-            before anything of it becomes news, whether or not anybody reads.
+        max_streams: streams that calls may hold at the same time.
+        resume_seconds: how long a resumable stream waits to be reopened; 0 for not at all.
+        max_detached: streams that may wait so; the one that has waited for longest gives way.
     """
 
     def __init__(
-        self,
-        *,
-        opened: StreamOpen,
-        reader: InputReader,
-        engine: Engine,
-        evidence: Evidence,
-        gap_seconds: float,
-        on_progress: Callable[[StreamScoring], None],
-        on_crossings: Callable[[Sequence[Crossing]], Awaitable[Sequence[Alert]]],
+        self, metrics: Metrics, *, max_streams: int, resume_seconds: float, max_detached: int
     ) -> None:
-        self.evidence = evidence
-        self.timings = TimingSums()
-        self.first_position = 0
-        self._opened = opened
-        self._reader = reader
-        self._engine = engine
-        self._gap_seconds = gap_seconds
-        self._on_progress = on_progress
-        self._on_crossings = on_crossings
-        self._kv = engine.open_stream()
-        self._token_ids: list[int] = []
-        self._stages: list[Stage | None] = []
-        self._text: str | None = None
-        self._text_changed = False
-        self._context = TokenInput(token_ids=[], stages=[])
-        self._n_sent = 0
-        self._n_refused = 0
-        self._flush_asked = False
-        self._closing = False
-        self._error: Exception | None = None
-        self._news = News()
-        self._wake = asyncio.Event()
-        self._arrived = asyncio.Event()
-        self._urgent = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self.n_open = 0
+        """Streams that a call holds now."""
+        self._metrics = metrics
+        self._max_streams = max_streams
+        self._resume_seconds = resume_seconds
+        self._max_detached = max_detached
+        self._resumable: dict[str, LiveStream] = {}
+        self._holders: dict[str, StreamSession] = {}
+        self._coming: Counter[str] = Counter()
+        """Calls that wait for a stream's holder to leave, by the stream's name."""
+        self._detached: OrderedDict[str, asyncio.TimerHandle] = OrderedDict()
+        self._ending: set[asyncio.Task[None]] = set()
 
-    def start(self) -> None:
-        """Reads the context that precedes the stream and begins to score.
-
-        Raises:
-            InvalidRequestError, PayloadTooLargeError: as `InputReader.messages`.
-        """
-        if self._opened.context_messages:
-            self._context = self._reader.messages(
-                self._opened.context_messages, open_completion=True
+    def check_room(self) -> None:
+        """Raises QueueFullError where as many streams are held as may be."""
+        if self.n_open >= self._max_streams:
+            self._metrics.rejected(Rejection.CONCURRENCY)
+            raise QueueFullError(
+                f"streams: {self.n_open} are open, expected at most {self._max_streams}",
+                retry_seconds=1.0,
             )
-            self._reader.check_length(len(self._context.token_ids))
-            self.first_position = len(self._context.token_ids)
-            self._token_ids += self._context.token_ids
-            self._stages += self._context.stages
-            self._wake.set()
-        self._worker = asyncio.create_task(self._work())
 
-    def feed(self, start_index: int, *, token_ids: Sequence[int] | None, text: str | None) -> None:
-        """Queues the next piece and returns at once.
-
-        Args:
-            start_index: tokens (for text: characters) sent before in this stream.
+    def reopened(self, opened: StreamOpen) -> StreamSession:
+        """A call's hold on a stream that is to be reopened.
 
         Raises:
-            StreamPositionError: a gap or a rewind in `start_index`.
-            InvalidRequestError, FingerprintError, PayloadTooLargeError: as `InputReader`.
+            StreamNotFoundError: there is no such stream of this caller.
+            StreamPositionError: the caller cannot send what has not been received.
         """
-        if self._error is not None:
-            raise self._error
-        if (token_ids is None) == (text is None):
-            raise InvalidRequestError("tokens", "both or neither", "exactly one of ids, text")
-        if self._n_sent and (text is None) != (self._text is None):
-            raise InvalidRequestError("tokens", "ids and text in one stream", "one kind a stream")
-        piece: Sequence[int] | str = text if text is not None else token_ids or ()
-        try:
-            if start_index != self._n_sent:
-                raise StreamPositionError(
-                    f"start_index: found {start_index}, expected {self._n_sent} "
-                    f"(the {'characters' if text is not None else 'tokens'} sent so far)"
-                )
-            if text is not None:
-                self._feed_text(text)
-            else:
-                self._feed_ids(token_ids or ())
-        except MonitorError:
-            self._n_refused += len(piece) if text is None else 0
-            self._on_progress(self)
-            raise
-        self._n_sent += len(piece)
-        self._wake.set()
-        self._on_progress(self)
+        assert opened.resume is not None
+        stream = self._resumable.get(opened.session_id)
+        if stream is None or stream.opened.caller != opened.caller:
+            raise self._not_found(opened.session_id)
+        received = stream.scoring.next_index
+        if opened.resume.start_index > received:
+            raise StreamPositionError(
+                f"resume.start_index: found {opened.resume.start_index}, expected at most "
+                f"{received} (what was received of the stream)"
+            )
+        return StreamSession(stream, self, opened)
 
-    def flush(self) -> None:
-        """Scores text that waits for more; the reader gets news when all is scored."""
-        self._flush_asked = True
-        self._wake.set()
+    async def enter(self, session: StreamSession, opened: StreamOpen) -> None:
+        """Gives a stream to a call, in place of the one that holds it."""
+        stream = session.stream
+        if opened.resume is None:
+            self._start(stream)
+        else:
+            await self._take_over(stream, opened.session_id)
+            stream.scoring.catch_up(opened.resume.processed_index, opened.resume.n_alerts)
+            self._metrics.stream_resume(Resume.RESUMED)
+        if stream.session_id in self._resumable:
+            self._holders[stream.session_id] = session
+        self.n_open += 1
+        self._metrics.stream_opened()
 
-    async def drain(self) -> None:
-        """Ends the input; returns when everything received is scored or a gap.
-
-        Raises whatever stopped the scoring.
-        """
-        self._closing = True
-        self._wake.set()
-        if self._worker is not None:
-            await asyncio.shield(self._worker)
-        if self._error is not None:
-            raise self._error
-
-    async def abort(self, reason: UnscoredReason) -> None:
-        """Stops at once; what waits is counted as unscored for `reason`."""
-        if self._worker is not None:
-            self._worker.cancel()
-            await asyncio.gather(self._worker, return_exceptions=True)
-        self._give_up(reason)
-
-    async def news(self, interval_seconds: float) -> AsyncIterator[News]:
-        """News as it comes: alerts, gaps and flushes at once, the rest at most every interval.
-
-        Ends when the stream has been drained or aborted, or has failed.
-        """
-        last = float("-inf")
-        while True:
-            done = self._worker is not None and self._worker.done()
-            if not done:
-                await self._arrived.wait()
-                waiting = last + interval_seconds - time.monotonic()
-                if waiting > 0 and not self._urgent.is_set():
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._urgent.wait(), waiting)
-            self._arrived.clear()
-            self._urgent.clear()
-            news = self.take_news()
-            if news:
-                last = time.monotonic()
-                yield news
-            elif self._worker is not None and self._worker.done():
+    async def leave(self, session: StreamSession, error: BaseException | None) -> None:
+        """Takes a stream from a call that ends: to wait, to be forgotten, or to another call."""
+        stream, name = session.stream, session.session_id
+        self.n_open -= 1
+        self._metrics.stream_closed()
+        if self._holders.get(name) is session:
+            del self._holders[name]
+        session.left.set()
+        is_broken = error is not None and (
+            session.taken_over.is_set()
+            or isinstance(error, StreamBrokenError)
+            or not isinstance(error, MonitorError)
+        )
+        if self._resumable.get(name) is stream:
+            if self._coming[name]:
                 return
+            if is_broken and not stream.scoring.has_failed:
+                self._detach(stream)
+                return
+            del self._resumable[name]
+        if stream.is_finished:
+            return
+        if isinstance(error, MonitorError) and not isinstance(error, StreamBrokenError):
+            await stream.break_off(UnscoredReason.INVALID, Outcome.REJECTED)
+        else:
+            await stream.break_off(UnscoredReason.CANCELLED, Outcome.CANCELLED)
 
-    def coverage(self) -> Coverage:
-        """The evidence's coverage, tokens that still wait or were refused included."""
-        covered = self.evidence.coverage()
-        unscored = dict(covered.unscored)
-        received = max(len(self._token_ids), covered.received) + self._n_refused
-        if self._n_refused:
-            invalid = unscored.get(UnscoredReason.INVALID, 0)
-            unscored[UnscoredReason.INVALID] = invalid + self._n_refused
-        return Coverage(received=received, scored=covered.scored, unscored=unscored)
+    async def end_detached(self) -> None:
+        """Ends every stream that waits to be reopened, and returns when all are on record."""
+        for name in list(self._detached):
+            self._expire(name)
+        await asyncio.gather(*self._ending)
 
-    def stage_coverage(self) -> dict[Stage, StageCount]:
-        """The same by stage, for the metrics; excluded tokens are left out."""
-        counts = self.evidence.stage_coverage()
-        for stage in Stage:
-            waiting = self._stages[self.evidence.n_tokens :].count(stage)
-            if waiting:
-                counts.setdefault(stage, StageCount()).received += waiting
-        if self._n_refused:
-            count = counts.setdefault(self._opened.stage, StageCount())
-            count.received += self._n_refused
-            invalid = count.unscored.get(UnscoredReason.INVALID, 0)
-            count.unscored[UnscoredReason.INVALID] = invalid + self._n_refused
-        return counts
+    def _start(self, stream: LiveStream) -> None:
+        keeps = stream.opened.resumable and self._resume_seconds > 0
+        if keeps and stream.session_id in self._resumable:
+            raise InvalidRequestError(
+                "session_id", "one of a resumable stream that is open", "another, or `resume`"
+            )
+        stream.scoring.start()
+        if keeps:
+            self._resumable[stream.session_id] = stream
 
-    def take_news(self) -> News:
-        """What no reader has taken yet."""
-        news, self._news = self._news, News()
-        return news
+    async def _take_over(self, stream: LiveStream, name: str) -> None:
+        self._coming[name] += 1
+        try:
+            while (holder := self._holders.get(name)) is not None:
+                # A caller often comes back before its broken connection is noticed here.
+                holder.taken_over.set()
+                await holder.left.wait()
+        except asyncio.CancelledError:
+            is_last = self._coming[name] == 1 and name not in self._holders
+            if is_last and self._resumable.get(name) is stream:
+                self._detach(stream)  # the holder left it to this call
+            raise
+        finally:
+            self._coming[name] -= 1
+            if not self._coming[name]:
+                del self._coming[name]
+        if self._resumable.get(name) is not stream:
+            raise self._not_found(name)
+        timer = self._detached.pop(name, None)
+        if timer is not None:
+            timer.cancel()
+            self._metrics.streams_detached(len(self._detached))
+
+    def _detach(self, stream: LiveStream) -> None:
+        while len(self._detached) >= self._max_detached:
+            self._expire(next(iter(self._detached)))
+        loop = asyncio.get_running_loop()
+        name = stream.session_id
+        self._detached[name] = loop.call_later(self._resume_seconds, self._expire, name)
+        self._metrics.streams_detached(len(self._detached))
+
+    def _expire(self, name: str) -> None:
+        self._detached.pop(name).cancel()
+        self._metrics.streams_detached(len(self._detached))
+        self._metrics.stream_resume(Resume.EXPIRED)
+        stream = self._resumable.pop(name)
+        if not stream.is_finished:
+            end = stream.break_off(UnscoredReason.CANCELLED, Outcome.CANCELLED)
+            task = asyncio.create_task(end)
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    def _not_found(self, name: str) -> StreamNotFoundError:
+        self._metrics.stream_resume(Resume.NOT_FOUND)
+        return StreamNotFoundError(
+            f"session_id: found no stream {name!r:.80} to reopen here, expected one that broke off "
+            f"at most {self._resume_seconds:g} seconds ago; open it anew and send it from index 0"
+        )
+
+
+class StreamSession:
+    """One call's hold on a stream. Leaving the context without `finish` cancels the stream.
+
+    A resumable one waits to be reopened where the context is left by a StreamBrokenError, or by
+    anything but a MonitorError.
+    """
+
+    def __init__(self, stream: LiveStream, streams: OpenStreams, opened: StreamOpen) -> None:
+        self.decision_id = stream.decision_id
+        self.session_id = stream.session_id
+        self.stream = stream
+        self.taken_over = asyncio.Event()
+        """Set when another call reopens the stream; this one has to end."""
+        self.left = asyncio.Event()
+        """Set when this call has ended."""
+        self._streams = streams
+        self._opened = opened
 
     @property
-    def token_ids(self) -> list[int]:
-        """Every token received, context included."""
-        return self._token_ids
+    def n_received(self) -> int:
+        """Positions known so far: the context, and the tokens of earlier calls."""
+        return len(self.stream.scoring.token_ids)
 
-    def _feed_ids(self, token_ids: Sequence[int]) -> None:
-        self._reader.check_fingerprint(self._opened.tokenizer_fingerprint)
-        tokens = self._reader.ids(token_ids, self._opened.stage)
-        self._reader.check_length(len(self._token_ids) + len(token_ids))
-        self._token_ids += tokens.token_ids
-        self._stages += tokens.stages
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the caller asked for it, and so ends the stream by saying so."""
+        return self.stream.opened.resumable
 
-    def _feed_text(self, text: str) -> None:
-        if not text:
-            raise InvalidRequestError("tokens.text", "an empty string", "at least one character")
-        self._text = (self._text or "") + text
-        self._text_changed = True
+    @property
+    def next_index(self) -> int:
+        """The `start_index` of the next piece."""
+        return self.stream.scoring.next_index
 
-    async def _work(self) -> None:
-        try:
-            while True:
-                await self._wake.wait()
-                self._wake.clear()
-                flush = self._flush_asked or self._closing
-                if self._text_changed:
-                    await self._retokenize()
-                await self._score_up_to(self._target(flush))
-                if self._text_changed or (self._closing and not flush):
-                    self._wake.set()
-                    continue
-                if flush and self._flush_asked:
-                    self._flush_asked = False
-                    self._tell(urgent=True, flushed=True)
-                if self._closing:
-                    return
-        except Exception as error:
-            self._error = error
-            self._give_up(UnscoredReason.ERROR)
-        finally:
-            self._engine.close_stream(self._kv)
-            self._arrived.set()
-            self._urgent.set()
+    async def __aenter__(self) -> StreamSession:
+        await self._streams.enter(self, self._opened)
+        return self
 
-    def _target(self, flush: bool) -> int:
-        holdback = 0 if flush or self._text is None else TEXT_HOLDBACK_TOKENS
-        return max(len(self._token_ids) - holdback, self.first_position)
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._streams.leave(self, error)
 
-    async def _retokenize(self) -> None:
-        """Brings the tokens up to the text; goes back where scored tokens changed."""
-        self._text_changed = False
-        started = time.monotonic()
-        text = self._text or ""
-        tail = await asyncio.to_thread(
-            self._reader.text, text, self._opened.stage, add_bos=not self._context.token_ids
-        )
-        self._token_ids = self._context.token_ids + tail.token_ids
-        self._stages = self._context.stages + tail.stages
-        self.timings.tokenize_seconds += time.monotonic() - started
-        if len(self._token_ids) > self._reader.max_request_tokens:
-            raise PayloadTooLargeError(
-                f"tokens: found {len(self._token_ids)}, "
-                f"expected at most {self._reader.max_request_tokens}"
-            )
-        scored = self.evidence.token_ids()
-        stands = next(
-            (i for i, (a, b) in enumerate(zip(scored, self._token_ids, strict=False)) if a != b),
-            min(len(scored), len(self._token_ids)),
-        )
-        if stands < len(scored):
-            self.evidence.truncate(stands)
-        if stands < self._kv.length:
-            self._kv.truncate(stands)
-        self._on_progress(self)
+    async def feed(
+        self,
+        start_index: int,
+        *,
+        token_ids: Sequence[int] | None = None,
+        text: str | None = None,
+    ) -> None:
+        """Queues the next piece; see `StreamScoring.feed` for what it raises."""
+        self.stream.scoring.feed(start_index, token_ids=token_ids, text=text)
 
-    async def _score_up_to(self, target: int) -> None:
-        waited_since = time.monotonic()
-        while self.evidence.n_tokens < target:
-            start = self.evidence.n_tokens
-            stages = self._stages[start:target]
-            # Tokens of an earlier gap are still to be read: the model's context has no holes.
-            piece = self._token_ids[self._kv.length : target]
-            completion = Stage.COMPLETION in stages
-            try:
-                result = await self._engine.score(
-                    OwnForward(self._kv, piece),
-                    priority=Priority.COMPLETION if completion else Priority.PROMPT,
-                )
-            except QueueFullError as error:
-                if time.monotonic() - waited_since < self._gap_seconds:
-                    await asyncio.sleep(min(error.retry_seconds, self._gap_seconds / 4))
-                    continue
-                self._make_gap(start, target, str(error))
-                return
-            began = time.monotonic()
-            self.timings.add(result)
-            new = target - start
-            crossings = self.evidence.add(
-                self._token_ids[start:target],
-                stages,
-                result.logits[-new:],
-                result.latent_acts[-new:],
-            )
-            crossings += self.evidence.judge()[1]
-            self.timings.score_seconds += time.monotonic() - began
-            alerts = await self._on_crossings(crossings) if crossings else ()
-            if self._news.start_index is None or start < self._news.start_index:
-                self._news.start_index = start
-            self._news.alerts += alerts
-            self._tell(urgent=bool(alerts))
+    async def flush(self) -> None:
+        """Scores text that waits for more; an update follows when all is scored."""
+        self.stream.scoring.flush()
 
-    def _make_gap(self, start: int, stop: int, message: str) -> None:
-        self.evidence.skip(
-            self._token_ids[start:stop], self._stages[start:stop], UnscoredReason.OVERLOAD
-        )
-        self._news.gaps.append(
-            Gap(
-                start_index=start,
-                stop_index=stop,
-                reason=UnscoredReason.OVERLOAD,
-                message=message,
-            )
-        )
-        self._tell(urgent=True)
+    def updates(self) -> AsyncIterator[StreamUpdate]:
+        """Running results, merged while nobody reads; an alert is on disk before it is yielded.
 
-    def _give_up(self, reason: UnscoredReason) -> None:
-        if self._text_changed and self._text is not None:
-            # Text that the worker never came to was received all the same.
-            self._text_changed = False
-            tail = self._reader.text(
-                self._text, self._opened.stage, add_bos=not self._context.token_ids
-            )
-            known = len(self._token_ids) - len(self._context.token_ids)
-            self._token_ids = self._token_ids + tail.token_ids[known:]
-            self._stages = self._stages + tail.stages[known:]
-        start = self.evidence.n_tokens
-        if start < len(self._token_ids):
-            self.evidence.skip(self._token_ids[start:], self._stages[start:], reason)
-        self._on_progress(self)
+        Ends when `finish` or the end of the context has ended the stream.
+        """
+        return self.stream.updates()
 
-    def _tell(self, *, urgent: bool, flushed: bool = False) -> None:
-        self._news.flushed = self._news.flushed or flushed
-        self._on_progress(self)
-        self._arrived.set()
-        if urgent:
-            self._urgent.set()
+    async def finish(self) -> Decision:
+        """Ends the input, waits for the last score, records and returns the decision."""
+        return await self.stream.finish()

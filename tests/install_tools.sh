@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Brings the programs that some tests run for real: Debian's Prometheus and Alertmanager, and buf from npm.
+# Brings the programs that some tests run for real: Debian's Prometheus, Alertmanager, Chromium and
+# PostgreSQL, and buf from npm.
 # What cannot be installed is named; its tests skip with that reason (or fail under --require-tools).
 set -u
 cd "$(dirname "$0")/.."
@@ -11,6 +12,8 @@ packages=()
 command -v prometheus >/dev/null && command -v promtool >/dev/null || packages+=(prometheus)
 # Debian gives Alertmanager this name on disk as well.
 command -v prometheus-alertmanager >/dev/null || packages+=(prometheus-alertmanager)
+command -v chromium >/dev/null || command -v google-chrome >/dev/null || packages+=(chromium)
+ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || packages+=(postgresql)
 [ -x .tools/node_modules/.bin/buf ] || command -v npm >/dev/null || packages+=(npm)
 if [ ${#packages[@]} -gt 0 ]; then
   if command -v apt-get >/dev/null && "${as_root[@]}" true 2>/dev/null; then

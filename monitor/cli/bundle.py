@@ -1,7 +1,8 @@
-"""`sae-monitor bundle`: check, show and seal the registered artefact."""
+"""`sae-monitor bundle`: check, show, compare and seal the registered artefact."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import yaml
 from rich.table import Table
 
 from monitor.bundle import Bundle, load_bundle, seal
+from monitor.cli.baseline import baseline
+from monitor.cli.bundle_diff import diff
 from monitor.cli.common import EXIT_FAILED, bundle_folder, err, exit_on_error, out, progress_bar
 from monitor.config import default_cache_dir
 from monitor.errors import SAEStoreError
@@ -25,6 +28,8 @@ NEAREST_SHOWN = 5
 """Mistakes in the table that were tried and do not fit."""
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
+app.command()(diff)
+app.command()(baseline)
 Folder = Annotated[str, typer.Argument(help="A bundle's folder, or default.")]
 Model = Annotated[Path | None, typer.Option(help="The model's folder.")]
 
@@ -108,29 +113,38 @@ def _sae_lines(bundle: Bundle) -> dict[str, dict[str, Any]]:
 
 @app.command()
 def check(folder: Folder = "default", model: Model = None) -> None:
-    """Loads the bundle with its model, as the server would, and measures its SAEs.
+    """Loads the bundle with its model, as the server would, measures its SAEs, runs its canaries.
 
-    Says what is not calibrated. Exit code 1 where an SAE does not fit the stream it reads; the
-    table then has what was tried to find out why.
+    Says what is not calibrated. Exit code 1 where an SAE does not fit the stream it reads (the
+    table then has what was tried to find out why), or a cluster fails its canaries.
     """
+    from monitor.bundle_canaries import check_canaries
     from monitor.fidelity import check_fidelity
 
     with exit_on_error(), progress_bar() as progress:
         served = _load(folder, model, progress)
         progress("measuring the SAEs on the probe texts", 0.0)
         judged = check_fidelity(served)
+        progress("running the canaries", 0.0)
+        failing = asyncio.run(check_canaries(served))
     for one in judged:
         out.print(_fidelity_table(one))
         if one.causes:
             out.print(_tried_table(one))
     for cluster, reason in served.uncalibrated_reasons.items():
         err.print(f"uncalibrated: {cluster}: {reason}", markup=False, highlight=False)
+    if served.expected is None:
+        err.print(f"no baseline: {served.no_baseline}", markup=False, highlight=False)
+    if not served.bundle.canaries:
+        err.print("no canaries: nothing proves that alerts would come", highlight=False)
     n = len(served.bundle.spec.clusters)
     out.print(f"{served.bundle.label}: {n} clusters on {', '.join(served.hook_points)}, loads")
     unfit = [one for one in judged if not one.fits]
     for one in unfit:
         err.print(one.message, markup=False, highlight=False, soft_wrap=True)
-    if unfit:
+    for line in failing:
+        err.print(f"canaries: {line}", markup=False, highlight=False, soft_wrap=True)
+    if unfit or failing:
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -141,27 +155,38 @@ def measure(
     force: Annotated[
         bool, typer.Option("--force", help="Write even where another place fits better.")
     ] = False,
+    canary_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Labelled JSON lines to pick canaries from, where there are none."),
+    ] = None,
 ) -> None:
     """Writes fidelity/<sae>.json: what each SAE gives on the probe texts, here and now.
 
     For a bundle whose SAEs are known to belong where they are; later starts are held to these
     numbers. Where an SAE reconstructs another place better than its own, nothing is written and
     the exit code is 1. Without fidelity.jsonl, probe texts of general prose are written first.
+
+    Then canaries/expected.json: what the canaries score. Where one does not get its verdict that
+    is not written, and the exit code is 1.
     """
+    from monitor.bundle_canaries import write_canaries
     from monitor.bundle_fidelity import write_bands, write_default_probes
+    from sae_core.evaluation.data import read_labelled
 
     with exit_on_error(), progress_bar() as progress:
+        rows = [row for path in canary_data or () for row in read_labelled(path)]
         place = bundle_folder(folder)
         added = write_default_probes(place)
         served = _load(folder, model, progress)
         outcome = write_bands(served, force=force)
+        canaries = asyncio.run(write_canaries(served, rows, force=force, progress=progress))
     if added:
         out.print(f"{added}: written")
-    for line in outcome.written:
+    for line in (*outcome.written, *canaries.written):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in outcome.doubts:
+    for line in (*outcome.doubts, *canaries.problems):
         err.print(line, markup=False, highlight=False, soft_wrap=True)
-    if outcome.doubts and not force:
+    if canaries.refused or (outcome.doubts and not force):
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -268,8 +293,10 @@ def build(
     model: Model = None,
 ) -> None:
     """Trains the SAE, finds latents, fits heads, calibrates, measures, and writes a bundle."""
+    from monitor.bundle_canaries import write_canaries
     from monitor.model_store import find_model
-    from sae_core.training.build import BuildInputs, build_default
+    from sae_core.training.build import build_default
+    from sae_core.training.build_heads import BuildInputs
 
     with exit_on_error(), progress_bar() as progress:
         reference = load_bundle(bundle_folder(folder))
@@ -287,6 +314,10 @@ def build(
         measured = build_default(
             inputs, lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
         )
+        served = _load(str(out_folder), model, progress)
+        canaries = asyncio.run(write_canaries(served, ()))
         digest = seal(out_folder)
+    for line in (*canaries.written, *canaries.problems):
+        err.print(line, markup=False, highlight=False, soft_wrap=True)
     out.print(measured.to_markdown(), markup=False, highlight=False, soft_wrap=True)
     out.print(digest, highlight=False)

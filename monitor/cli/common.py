@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from monitor.errors import AuditChainError, MonitorError
+from monitor.errors import AuditChainError, MonitorError, SettingsError
 from sae_core.errors import SAECoreError
 
 ProgressCall = Callable[[str, float], None]
@@ -21,7 +24,15 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 """The work could not start: bad bundle, model, settings, port in use."""
 
+EXIT_STOPPED = 130
+"""Stopped by Ctrl-C; a run that had begun can go on."""
+
 DEFAULT_BUNDLE = Path(__file__).resolve().parent.parent / "bundles" / "gemma3-270m-default"
+
+Audit = Annotated[
+    str, typer.Option("--audit", help="The log's URL, sqlite:///PATH or postgresql://...")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine output on stdout.")]
 
 out = Console()
 """Results; machine output bypasses it."""
@@ -32,6 +43,35 @@ err = Console(stderr=True)
 def bundle_folder(name: str) -> Path:
     """The folder of a bundle given by path, or of the one that ships as `default`."""
     return DEFAULT_BUNDLE if name == "default" else Path(name)
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """SettingsError, which says what brings it, where a module is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise SettingsError(
+            f"{what}: needs {module}, which is not installed; "
+            f"pip install 'sae-monitor[{extra}]' brings it"
+        )
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes, or those of stdin for `-`; SettingsError where they cannot be had."""
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that appears whole or not at all; SettingsError where it cannot."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 @contextmanager

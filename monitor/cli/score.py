@@ -6,34 +6,40 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from monitor.cli.common import EXIT_FAILED, bundle_folder, err, exit_on_error, out, progress_bar
+from monitor.cli.common import (
+    EXIT_FAILED,
+    bundle_folder,
+    err,
+    exit_on_error,
+    out,
+    progress_bar,
+)
+from monitor.cli.placement import (
+    Backend,
+    Device,
+    Dtype,
+    Gpus,
+    Onnx,
+    TensorParallel,
+    placement,
+)
 from monitor.config import default_cache_dir
 from monitor.errors import InvalidRequestError, MonitorError
-from monitor.records import Decision, Message, ScoreRequest, Stage
+from monitor.in_flight import in_order
+from monitor.records import Decision, ScoreRequest, Stage
 from monitor.report import decision_view
+from monitor.request_rows import RequestRow, read_lines
 
 if TYPE_CHECKING:
-    from monitor.pipeline import Pipeline
     from monitor.served import Served
-
-IN_FLIGHT = 64
-"""Rows handed to the engine at a time: enough for full batches, bounded in memory."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One input line."""
-
-    id: str | int
-    request: ScoreRequest | MonitorError
-    """What to score, or why the line cannot be."""
 
 
 def score(
@@ -48,8 +54,12 @@ def score(
     model: Annotated[Path | None, typer.Option(help="The model's folder.")] = None,
     stage: Annotated[Stage, typer.Option(help="Stage of --text.")] = Stage.PROMPT,
     policy: Annotated[str, typer.Option(help="The bundle's policy to judge by.")] = "default",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    gpus: Gpus = 1,
+    tensor_parallel: TensorParallel = 1,
+    dtype: Dtype = "float32",
+    backend: Backend = "torch",
+    onnx: Onnx = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
     tokens: Annotated[bool, typer.Option("--tokens", help="Per-token scores too.")] = False,
 ) -> None:
@@ -59,16 +69,7 @@ def score(
     if (text is None) == (file is None):
         raise typer.BadParameter("found both or neither of --text and --file, expected one")
     with exit_on_error(), progress_bar() as progress:
-
-        def load() -> Served:
-            return load_local(
-                bundle_folder(bundle),
-                model=model,
-                cache=default_cache_dir(),
-                device=device,
-                dtype=dtype,
-                progress=progress,
-            )
+        placed = placement(device, dtype, gpus, tensor_parallel, backend, onnx)
 
         if text is not None:
             request = ScoreRequest(
@@ -78,23 +79,29 @@ def score(
                 want_tokens=tokens or not as_json,
                 want_attribution=not as_json,
             )
-            rows: Iterator[Row] = iter([Row(id=1, request=request)])
+            rows: Iterator[RequestRow] = iter([RequestRow(id=1, number=1, request=request)])
         else:
             rows = read_rows(file or Path("-"), policy=policy, want_tokens=tokens)
-        failed = asyncio.run(_score(load, rows, as_json))
+        served = load_local(
+            bundle_folder(bundle),
+            model=model,
+            cache=default_cache_dir(),
+            progress=progress,
+            **placed,
+        )
+        with closing(served):
+            failed = asyncio.run(_score(served, rows, as_json))
     if failed:
         err.print(f"{failed} lines could not be scored")
         raise typer.Exit(EXIT_FAILED)
 
 
-def read_rows(file: Path, *, policy: str, want_tokens: bool) -> Iterator[Row]:
-    """The rows of a JSON-lines file; a line that cannot be read becomes a row with the reason."""
+def read_rows(file: Path, *, policy: str, want_tokens: bool) -> Iterator[RequestRow]:
+    """The rows of a JSON-lines file, or of stdin for `-`."""
     if str(file) != "-" and not file.is_file():
         raise InvalidRequestError("--file", f"no file {file}", "a JSON-lines file or -")
     with sys.stdin if str(file) == "-" else file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield _row(number, line, policy, want_tokens)
+        yield from read_lines(lines, policy=policy, want_tokens=want_tokens)
 
 
 def decision_json(row_id: str | int, decision: Decision) -> dict[str, object]:
@@ -126,6 +133,8 @@ def decision_json(row_id: str | int, decision: Decision) -> dict[str, object]:
         "bundle": decision.provenance.bundle_digest,
         "model": decision.provenance.model_digest,
     }
+    if decision.anomaly is not None:
+        result["anomaly"] = asdict(decision.anomaly)
     if decision.tokens:
         result["tokens"] = [
             {
@@ -147,12 +156,21 @@ def decision_json(row_id: str | int, decision: Decision) -> dict[str, object]:
     return result
 
 
-async def _score(load: Callable[[], Served], rows: Iterator[Row], as_json: bool) -> int:
+async def _score(served: Served, rows: Iterator[RequestRow], as_json: bool) -> int:
     from monitor.local import local_pipeline
 
     failed = 0
-    async with local_pipeline(load) as pipeline:
-        async for row, outcome in _in_order(pipeline, rows):
+    async with local_pipeline(lambda: served) as pipeline:
+
+        async def one(row: RequestRow) -> Decision | MonitorError:
+            if isinstance(row.request, MonitorError):
+                return row.request
+            try:
+                return await pipeline.score(row.request)
+            except MonitorError as error:
+                return error
+
+        async for row, outcome in in_order(rows, one):
             if isinstance(outcome, MonitorError):
                 failed += 1
                 if as_json:
@@ -166,61 +184,6 @@ async def _score(load: Callable[[], Served], rows: Iterator[Row], as_json: bool)
                 out.print(f"[dim]{row.id}[/dim]")
                 out.print(decision_view(outcome, pipeline.clusters()))
     return failed
-
-
-async def _in_order(
-    pipeline: Pipeline, rows: Iterator[Row]
-) -> AsyncIterator[tuple[Row, Decision | MonitorError]]:
-    """Scores rows side by side, gives them back in the order they came."""
-
-    async def one(row: Row) -> Decision | MonitorError:
-        if isinstance(row.request, MonitorError):
-            return row.request
-        try:
-            return await pipeline.score(row.request)
-        except MonitorError as error:
-            return error
-
-    waiting: list[tuple[Row, asyncio.Task[Decision | MonitorError]]] = []
-    for row in rows:
-        waiting.append((row, asyncio.create_task(one(row))))
-        if len(waiting) >= IN_FLIGHT:
-            first, task = waiting.pop(0)
-            yield first, await task
-    for row, task in waiting:
-        yield row, await task
-
-
-def _row(number: int, line: str, policy: str, want_tokens: bool) -> Row:
-    where = f"line {number}"
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        return Row(id=number, request=InvalidRequestError(where, f"{error}", "a JSON object"))
-    if not isinstance(content, dict):
-        found = type(content).__name__
-        return Row(id=number, request=InvalidRequestError(where, found, "a JSON object"))
-    row_id = content.get("id", number)
-    text, messages = content.get("text"), content.get("messages")
-    if isinstance(text, str):
-        stage = Stage.COMPLETION if content.get("kind") == "completion" else Stage.PROMPT
-        request = ScoreRequest(text=text, stage=stage, policy=policy, want_tokens=want_tokens)
-        return Row(id=row_id, request=request)
-    if isinstance(messages, list) and all(_is_message(m) for m in messages):
-        turns = tuple(Message(role=m["role"], content=m["content"]) for m in messages)
-        request = ScoreRequest(messages=turns, policy=policy, want_tokens=want_tokens)
-        return Row(id=row_id, request=request)
-    found = f"keys {', '.join(sorted(content))}" if content else "no keys"
-    expected = "`text` (a string) or `messages` (objects with role and content)"
-    return Row(id=row_id, request=InvalidRequestError(where, found, expected))
-
-
-def _is_message(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
-    )
 
 
 def _number(value: float) -> float | None:

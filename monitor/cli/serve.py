@@ -27,17 +27,62 @@ def serve(
     ops_listen: Annotated[
         str | None, typer.Option(help="HTTP for /metrics, /livez, /readyz: HOST:PORT, or off.")
     ] = None,
-    audit: Annotated[str | None, typer.Option(help="Audit log, sqlite:///PATH.")] = None,
-    audit_level: Annotated[str | None, typer.Option(help="none, metadata or scores.")] = None,
+    audit: Annotated[
+        str | None, typer.Option(help="Audit log: sqlite:///PATH or postgresql://....")
+    ] = None,
+    audit_chain: Annotated[str | None, typer.Option(help="This server's chain in it.")] = None,
+    audit_level: Annotated[
+        str | None, typer.Option(help="none, metadata, scores, tokens or content.")
+    ] = None,
     on_full: Annotated[str | None, typer.Option(help="Audit queue full: block or drop.")] = None,
-    audit_caller_key_file: Annotated[
-        Path | None, typer.Option(help="Secret under which callers are hashed.")
+    audit_hash_key_file: Annotated[
+        Path | None, typer.Option(help="Secret under which callers and inputs are hashed.")
+    ] = None,
+    audit_keys_file: Annotated[
+        Path | None, typer.Option(help="Keys that seal tokens and texts.")
+    ] = None,
+    audit_signing_key_file: Annotated[
+        Path | None, typer.Option(help="Ed25519 key that signs checkpoints.")
+    ] = None,
+    audit_rpc: Annotated[
+        str | None, typer.Option(help="Who may read the audit log: local, on or off.")
+    ] = None,
+    audit_queue_records: Annotated[
+        int | None, typer.Option(help="Audit records that may wait to be written.")
+    ] = None,
+    audit_queue_bytes: Annotated[
+        int | None, typer.Option(help="Memory that they may take together.")
+    ] = None,
+    audit_checkpoint_records: Annotated[
+        int | None, typer.Option(help="Most records between checkpoints.")
+    ] = None,
+    audit_checkpoint_seconds: Annotated[
+        float | None, typer.Option(help="Most seconds between checkpoints.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    backend: Annotated[str | None, typer.Option(help="torch.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="CUDA devices to spread the model's blocks over.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Processes to split every block over, one a device.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or int8.")] = None,
+    backend: Annotated[str | None, typer.Option(help="torch or onnx.")] = None,
+    onnx: Annotated[Path | None, typer.Option(help="An export-onnx folder to run.")] = None,
     fidelity: Annotated[
         str | None, typer.Option(help="An SAE that does not fit: gate, warn or off.")
+    ] = None,
+    canary_seconds: Annotated[
+        float | None, typer.Option(help="Time between two runs of the canaries; 0 for none.")
+    ] = None,
+    canary_readiness: Annotated[
+        bool | None, typer.Option(help="Not ready while the canaries fail.")
+    ] = None,
+    drift_window: Annotated[
+        int | None, typer.Option(help="Decisions that are compared with calibration at a time.")
+    ] = None,
+    drift_sample_share: Annotated[
+        float | None, typer.Option(help="Share of texts whose FVU and whole L0 are measured.")
     ] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="Where converted models are.")] = None,
     reflection: Annotated[bool | None, typer.Option(help="Serve gRPC reflection.")] = None,
@@ -52,6 +97,12 @@ def serve(
         bool | None, typer.Option(help="Share what texts that begin alike have in common.")
     ] = None,
     max_streams: Annotated[int | None, typer.Option(help="Streams open at once.")] = None,
+    resume_seconds: Annotated[
+        float | None, typer.Option(help="How long a broken resumable stream is kept.")
+    ] = None,
+    max_detached_streams: Annotated[
+        int | None, typer.Option(help="Broken streams kept at once.")
+    ] = None,
     stream_reply_interval_ms: Annotated[
         float | None, typer.Option(help="Shortest time between a stream's replies.")
     ] = None,
@@ -62,7 +113,8 @@ def serve(
 ) -> None:
     """Serves until SIGTERM or Ctrl-C; prints one JSON line on stdout when ready.
 
-    Every flag has a SAEMONITOR_* variable and a key of the same name in the config file.
+    Every flag has a SAEMONITOR_* variable and a key of the same name in the config file. Keys of
+    the audit log may come as SAEMONITOR_AUDIT_KEYS, which has no flag: others would see it.
     """
     flags = {name: value for name, value in locals().items() if name != "config"}
     from monitor.server import run_server

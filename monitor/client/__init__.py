@@ -10,8 +10,11 @@
 the classes of `monitor.errors`.
 """
 
-from monitor.client.asynchronous import AsyncMonitorClient, AsyncScoreStream
-from monitor.client.blocking import MonitorClient, ScoreStream
+from monitor.client.asynchronous import AsyncMonitorClient
+from monitor.client.asynchronous_stream import AsyncScoreStream
+from monitor.client.audit import StoredRecord, VerifiedRange
+from monitor.client.blocking import MonitorClient
+from monitor.client.blocking_stream import ScoreStream
 from monitor.client.calls import RetryPolicy
 
 __all__ = [
@@ -20,4 +23,6 @@ __all__ = [
     "MonitorClient",
     "RetryPolicy",
     "ScoreStream",
+    "StoredRecord",
+    "VerifiedRange",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Self, TypeVar
@@ -12,19 +11,20 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
-from monitor.client import calls
+from monitor.audit_log.checkpoint import Statement
+from monitor.client import audit, calls
+from monitor.client.asynchronous_stream import AsyncScoreStream
+from monitor.client.call_end import CallEnd
+from monitor.client.stream_book import StreamBook
 from monitor.client.uploads import Upload
 from monitor.errors import MonitorError
-from monitor.records import ClusterInfo, Decision, ServerInfo, Stage, StreamOpen, StreamUpdate
+from monitor.records import ClusterInfo, Decision, ServerInfo, Severity, Stage, StreamOpen, Verdict
 from monitor.rpc import status
 from monitor.rpc.convert import decisions, registry
 from protos.saemonitor.v1 import monitor_pb2 as pb
 from protos.saemonitor.v1 import monitor_pb2_grpc as pb_grpc
 
 Reply = TypeVar("Reply")
-
-UNREAD_UPDATES = 64
-"""Updates kept for a reader; while it is behind, the server merges what is new into one."""
 
 
 class AsyncMonitorClient:
@@ -51,6 +51,7 @@ class AsyncMonitorClient:
         self._registry: pb_grpc.RegistryServiceAsyncStub = pb_grpc.RegistryServiceStub(
             self._channel
         )
+        self._audit: pb_grpc.AuditServiceAsyncStub = pb_grpc.AuditServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_seconds = timeout_seconds
         self._retry = calls.RetryPolicy() if retry is None else retry
@@ -124,7 +125,8 @@ class AsyncMonitorClient:
             caller=self._caller,
         )
         reply = await self._call(
-            lambda left: self._monitor.ScoreActivations(upload.messages(), timeout=left), timeout
+            lambda left: _uploaded(self._monitor.ScoreActivations(upload.messages(), timeout=left)),
+            timeout,
         )
         return decisions.decision_from_wire(reply.decision)
 
@@ -140,6 +142,7 @@ class AsyncMonitorClient:
         attribution: bool = False,
         timeout: float = calls.DEFAULT_STREAM_TIMEOUT_SECONDS,
         model: str | None = None,
+        resumable: bool = False,
     ) -> AsyncScoreStream:
         """A stream of tokens to score as they are made, as `MonitorClient.stream`."""
         opening = StreamOpen(
@@ -152,10 +155,11 @@ class AsyncMonitorClient:
             want_attribution=attribution,
             caller=self._caller,
             model=model,
+            resumable=resumable,
         )
         return AsyncScoreStream(
             self._monitor,
-            calls.StreamBook(opening),
+            StreamBook(opening),
             timeout=timeout,
             open_timeout=self._timeout_seconds,
             retry=self._retry,
@@ -185,6 +189,70 @@ class AsyncMonitorClient:
         )
         return registry.cluster_info_from_wire(reply.cluster)
 
+    async def audit_record(
+        self, decision_id: str, *, timeout: float | None = None
+    ) -> audit.StoredRecord:
+        """One decision's record in the audit log; NotFoundError where there is none."""
+        request = pb.GetRecordRequest(decision_id=decision_id)
+        reply = await self._call(lambda left: self._audit.GetRecord(request, timeout=left), timeout)
+        return audit.record_from_wire(reply.record)
+
+    def audit_records(
+        self,
+        *,
+        verdict: Verdict | str | None = None,
+        severity: Severity | str | None = None,
+        cluster: str | None = None,
+        caller_hmac: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+        timeout: float = calls.DEFAULT_STREAM_TIMEOUT_SECONDS,
+    ) -> AsyncIterator[audit.StoredRecord]:
+        """The decisions' records that match, as `MonitorClient.audit_records`."""
+        request = audit.query_request(
+            verdict=verdict,
+            severity=severity,
+            cluster=cluster,
+            caller_hmac=caller_hmac,
+            since=since,
+            until=until,
+            limit=limit,
+            newest_first=newest_first,
+        )
+        call = self._audit.QueryRecords(request, timeout=timeout)
+        return _records(call)
+
+    async def audit_checkpoint(
+        self,
+        chain: str | None = None,
+        *,
+        public_key: str | None = None,
+        timeout: float | None = None,
+    ) -> Statement:
+        """A chain's last checkpoint, as `MonitorClient.audit_checkpoint`."""
+        request = pb.GetCheckpointRequest(chain=chain or "")
+        reply = await self._call(
+            lambda left: self._audit.GetCheckpoint(request, timeout=left), timeout
+        )
+        return audit.checkpoint_from_wire(reply, public_key)
+
+    async def verify_audit(
+        self,
+        chain: str | None = None,
+        *,
+        first_sequence: int | None = None,
+        last_sequence: int | None = None,
+        timeout: float | None = None,
+    ) -> audit.VerifiedRange:
+        """Has the server verify a chain or part of it, as `MonitorClient.verify_audit`."""
+        request = audit.range_request(chain, first_sequence, last_sequence)
+        reply = await self._call(
+            lambda left: self._audit.VerifyRange(request, timeout=left), timeout
+        )
+        return audit.range_from_wire(reply)
+
     async def health(self, service: str = "", *, timeout: float | None = None) -> bool:
         """Whether the server, or one of its services, takes work now; asks once."""
         request = health_pb2.HealthCheckRequest(service=service)
@@ -206,148 +274,29 @@ class AsyncMonitorClient:
                 return await attempt(max(deadline - time.monotonic(), 0.0))
             except grpc.RpcError as failed:
                 error = status.from_wire(failed)
+            except MonitorError as failed:
+                error = failed
             delay = self._retry.delay_seconds(error, n_attempts)
             if delay is None or time.monotonic() + delay >= deadline:
                 raise error
             await asyncio.sleep(delay)
 
 
-class AsyncScoreStream:
-    """An open stream: `send` tokens, iterate over updates, `finish` for the decision.
+async def _uploaded(call: Any) -> pb.ScoreActivationsResponse:
+    """The reply to messages that may be refused before all of them are written."""
+    end = CallEnd(call)
+    try:
+        reply: pb.ScoreActivationsResponse = await call
+    except grpc.RpcError:
+        raise await end.error() from None
+    return reply
 
-    Updates may be read by another task, or with `pending` between two sends. Leaving the context
-    without `finish` cancels the stream.
-    """
 
-    def __init__(
-        self,
-        stub: pb_grpc.MonitorServiceAsyncStub,
-        book: calls.StreamBook,
-        *,
-        timeout: float,
-        open_timeout: float,
-        retry: calls.RetryPolicy,
-    ) -> None:
-        self._stub = stub
-        self._book = book
-        self._timeout = timeout
-        self._open_timeout = open_timeout
-        self._retry = retry
-        self._call: Any = None
-        self._updates: asyncio.Queue[StreamUpdate | None] = asyncio.Queue(UNREAD_UPDATES)
-        self._reader: asyncio.Task[None] | None = None
-
-    @property
-    def session_id(self) -> str:
-        """The stream's name."""
-        return self._book.session_id
-
-    async def __aenter__(self) -> Self:
-        deadline = time.monotonic() + self._open_timeout
-        n_attempts = 0
-        while True:
-            n_attempts += 1
-            try:
-                await self._open()
-                break
-            except grpc.RpcError as failed:
-                error = status.from_wire(failed)
-            delay = self._retry.delay_seconds(error, n_attempts)
-            if delay is None or time.monotonic() + delay >= deadline:
-                raise error
-            await asyncio.sleep(delay)
-        self._reader = asyncio.create_task(self._read())
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        self._call.cancel()
-        if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
-
-    async def send(
-        self, *, token_ids: Sequence[int] | None = None, text: str | None = None
-    ) -> None:
-        """Sends what was generated since the last call; one kind throughout the stream.
-
-        Raises:
-            MonitorError: why the server ended the stream, if it did.
-        """
-        await self._write(self._book.chunk(token_ids, text))
-
-    async def flush(self) -> None:
-        """Asks for an update on everything that was sent."""
-        await self._write(calls.FLUSH)
-
-    def pending(self) -> list[StreamUpdate]:
-        """The updates that have arrived and were not read; does not wait."""
-        updates = []
-        while not self._updates.empty():
-            update = self._updates.get_nowait()
-            if update is None:
-                self._updates.put_nowait(None)
-                break
-            updates.append(update)
-        return updates
-
-    async def __aiter__(self) -> AsyncIterator[StreamUpdate]:
-        """Updates as they come, until the stream has ended; raises why if it ended badly."""
-        while (update := await self._updates.get()) is not None:
-            yield update
-        self._updates.put_nowait(None)
-        self._book.decision()
-
-    async def end(self) -> None:
-        """Ends the input; what is left to read then ends too."""
-        if not self._call.done():
-            with contextlib.suppress(asyncio.InvalidStateError, grpc.RpcError):
-                await self._call.done_writing()
-
-    async def finish(self) -> Decision:
-        """Ends the input and waits for the decision.
-
-        Updates that nobody read are dropped: every alert is in the decision too.
-        """
-        await self.end()
-        while await self._updates.get() is not None:
-            pass
-        self._updates.put_nowait(None)
-        return self._book.decision()
-
-    async def _open(self) -> None:
-        self._call = self._stub.ScoreStream(timeout=self._timeout)
-        with contextlib.suppress(asyncio.InvalidStateError):  # ended already: read says why
-            await self._call.write(self._book.opening)
-        opened = await self._call.read()
-        if opened is grpc.aio.EOF:
-            raise MonitorError("the stream ended before it was open")
-        self._book.reply(opened)
-
-    async def _write(self, message: pb.ScoreStreamRequest) -> None:
-        try:
-            await self._call.write(message)
-        except (asyncio.InvalidStateError, grpc.RpcError):
-            raise await self._why_ended() from None
-
-    async def _why_ended(self) -> MonitorError:
-        """The call's own status: the reader may still be behind."""
-        ended = grpc.aio.AioRpcError(
-            await self._call.code(),
-            await self._call.initial_metadata(),
-            await self._call.trailing_metadata(),
-            await self._call.details(),
-        )
-        return status.from_wire(ended)
-
-    async def _read(self) -> None:
-        try:
-            while (reply := await self._call.read()) is not grpc.aio.EOF:
-                update = self._book.reply(reply)
-                if update is not None:
-                    await self._updates.put(update)
-        except grpc.RpcError as error:
-            self._book.error = status.from_wire(error)
-        except MonitorError as error:
-            self._book.error = error
-        await self._updates.put(None)
+async def _records(call: Any) -> AsyncIterator[audit.StoredRecord]:
+    try:
+        async for reply in call:
+            yield audit.record_from_wire(reply.record)
+    except grpc.RpcError as error:
+        raise status.from_wire(error) from None
+    finally:
+        call.cancel()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
@@ -13,25 +10,18 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 
-from monitor.client import calls
+from monitor.audit_log.checkpoint import Statement
+from monitor.client import audit, calls
+from monitor.client.blocking_stream import ScoreStream
+from monitor.client.stream_book import StreamBook
 from monitor.client.uploads import Upload
-from monitor.errors import MonitorError
-from monitor.records import ClusterInfo, Decision, ServerInfo, Stage, StreamOpen, StreamUpdate
+from monitor.records import ClusterInfo, Decision, ServerInfo, Severity, Stage, StreamOpen, Verdict
 from monitor.rpc import status
 from monitor.rpc.convert import decisions, registry
 from protos.saemonitor.v1 import monitor_pb2 as pb
 from protos.saemonitor.v1 import monitor_pb2_grpc as pb_grpc
 
 Reply = TypeVar("Reply")
-
-UNREAD_UPDATES = 64
-"""Updates kept for a reader; while it is behind, the server merges what is new into one."""
-
-POLL_SECONDS = 0.05
-"""How often a thread that waits for room looks whether the stream has ended."""
-
-UNSENT_MESSAGES = 256
-"""Messages kept for the network; `send` waits while it is behind."""
 
 
 class MonitorClient:
@@ -56,6 +46,7 @@ class MonitorClient:
         self._monitor = pb_grpc.MonitorServiceStub(self._channel)
         self._info = pb_grpc.InfoServiceStub(self._channel)
         self._registry = pb_grpc.RegistryServiceStub(self._channel)
+        self._audit = pb_grpc.AuditServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self._timeout_seconds = timeout_seconds
         self._retry = calls.RetryPolicy() if retry is None else retry
@@ -171,6 +162,7 @@ class MonitorClient:
         attribution: bool = False,
         timeout: float = calls.DEFAULT_STREAM_TIMEOUT_SECONDS,
         model: str | None = None,
+        resumable: bool = False,
     ) -> ScoreStream:
         """A stream of tokens to score as they are made; use it as a context manager.
 
@@ -178,6 +170,11 @@ class MonitorClient:
             session_id: your name for it; the server chooses one where it is empty.
             context: turns that precede it, scored first.
             timeout: longest life of the stream, seconds.
+            resumable: where the connection breaks or the server drains, reopen the stream, within
+                the client's timeout and retries; `send` waits meanwhile. It goes on as if nothing
+                had been, where the server still has it. Where not, as behind a load balancer, it
+                is sent anew from its beginning: updates, alerts and the decision are then another
+                server's. Left without `finish`, it ends when the server has waited for long enough.
         """
         opening = StreamOpen(
             session_id=session_id,
@@ -189,10 +186,11 @@ class MonitorClient:
             want_attribution=attribution,
             caller=self._caller,
             model=model,
+            resumable=resumable,
         )
         return ScoreStream(
             self._monitor,
-            calls.StreamBook(opening),
+            StreamBook(opening),
             timeout=timeout,
             open_timeout=self._timeout_seconds,
             retry=self._retry,
@@ -215,6 +213,89 @@ class MonitorClient:
         request = pb.GetClusterRequest(cluster=cluster_id)
         reply = self._call(lambda left: self._registry.GetCluster(request, timeout=left), timeout)
         return registry.cluster_info_from_wire(reply.cluster)
+
+    def audit_record(self, decision_id: str, *, timeout: float | None = None) -> audit.StoredRecord:
+        """One decision's record in the audit log; NotFoundError where there is none."""
+        request = pb.GetRecordRequest(decision_id=decision_id)
+        reply = self._call(lambda left: self._audit.GetRecord(request, timeout=left), timeout)
+        return audit.record_from_wire(reply.record)
+
+    def audit_records(
+        self,
+        *,
+        verdict: Verdict | str | None = None,
+        severity: Severity | str | None = None,
+        cluster: str | None = None,
+        caller_hmac: str | None = None,
+        since: float | None = None,
+        until: float | None = None,
+        limit: int | None = None,
+        newest_first: bool = False,
+        timeout: float = calls.DEFAULT_STREAM_TIMEOUT_SECONDS,
+    ) -> Iterator[audit.StoredRecord]:
+        """The decisions' records that match, by time, as they are read; asks once.
+
+        Args:
+            severity: of the gravest cluster or rule that flagged or alerted.
+            cluster: decisions in which it flagged or alerted.
+            caller_hmac: the caller's keyed hash, in hexadecimal.
+            since, until: Unix seconds; the first is included, the last is not.
+            limit: at most so many; None for all.
+            timeout: deadline in seconds of the whole answer.
+
+        Raises:
+            MonitorError: what the server raised, by its own class.
+        """
+        request = audit.query_request(
+            verdict=verdict,
+            severity=severity,
+            cluster=cluster,
+            caller_hmac=caller_hmac,
+            since=since,
+            until=until,
+            limit=limit,
+            newest_first=newest_first,
+        )
+        call = self._audit.QueryRecords(request, timeout=timeout)
+        return _records(call)
+
+    def audit_checkpoint(
+        self,
+        chain: str | None = None,
+        *,
+        public_key: str | None = None,
+        timeout: float | None = None,
+    ) -> Statement:
+        """A chain's last checkpoint, its signature checked; NotFoundError where there is none.
+
+        Args:
+            chain: its name; the server's own by default.
+            public_key: the signer's, in hexadecimal; without it the checkpoint's own is taken, or
+                none where it is not signed.
+
+        Raises:
+            AuditChainError: the signature is not one by the key.
+        """
+        request = pb.GetCheckpointRequest(chain=chain or "")
+        reply = self._call(lambda left: self._audit.GetCheckpoint(request, timeout=left), timeout)
+        return audit.checkpoint_from_wire(reply, public_key)
+
+    def verify_audit(
+        self,
+        chain: str | None = None,
+        *,
+        first_sequence: int | None = None,
+        last_sequence: int | None = None,
+        timeout: float | None = None,
+    ) -> audit.VerifiedRange:
+        """Has the server verify a chain, or the part between two records, both included.
+
+        Raises:
+            AuditChainError: a record or a checkpoint does not hold; the message names it.
+        """
+        request = audit.range_request(chain, first_sequence, last_sequence)
+        reply = self._call(lambda left: self._audit.VerifyRange(request, timeout=left), timeout)
+        return audit.range_from_wire(reply)
 
     def health(self, service: str = "", *, timeout: float | None = None) -> bool:
         """Whether the server, or one of its services, takes work now; asks once."""
@@ -241,172 +322,11 @@ class MonitorClient:
             time.sleep(delay)
 
 
-class ScoreStream:
-    """An open stream: `send` tokens, read updates, `finish` for the decision.
-
-    Updates may be read from another thread, or with `pending` between two sends. Leaving the
-    context without `finish` cancels the stream.
-    """
-
-    def __init__(
-        self,
-        stub: pb_grpc.MonitorServiceStub,
-        book: calls.StreamBook,
-        *,
-        timeout: float,
-        open_timeout: float,
-        retry: calls.RetryPolicy,
-    ) -> None:
-        self._stub = stub
-        self._book = book
-        self._timeout = timeout
-        self._open_timeout = open_timeout
-        self._retry = retry
-        self._updates: queue.Queue[StreamUpdate | None] = queue.Queue(UNREAD_UPDATES)
-        self._closed = threading.Event()
-        self._line = _Line(stub, timeout)
-
-    @property
-    def session_id(self) -> str:
-        """The stream's name."""
-        return self._book.session_id
-
-    def __enter__(self) -> Self:
-        deadline = time.monotonic() + self._open_timeout
-        n_attempts = 0
-        while True:
-            n_attempts += 1
-            self._line = _Line(self._stub, self._timeout)
-            try:
-                self._line.open(self._book)
-                break
-            except MonitorError as error:
-                self._line.close()
-                delay = self._retry.delay_seconds(error, n_attempts)
-                if delay is None or time.monotonic() + delay >= deadline:
-                    raise
-                time.sleep(delay)
-        threading.Thread(target=self._read, name="score-stream", daemon=True).start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._closed.set()
-        self._line.close()
-
-    def send(self, *, token_ids: Sequence[int] | None = None, text: str | None = None) -> None:
-        """Sends what was generated since the last call; one kind throughout the stream.
-
-        Raises:
-            MonitorError: why the server ended the stream, if it did.
-        """
-        self._write(self._book.chunk(token_ids, text))
-
-    def flush(self) -> None:
-        """Asks for an update on everything that was sent."""
-        self._write(calls.FLUSH)
-
-    def pending(self) -> list[StreamUpdate]:
-        """The updates that have arrived and were not read; does not wait."""
-        updates = []
-        while not self._updates.empty():
-            update = self._updates.get()
-            if update is None:
-                self._updates.put(None)
-                break
-            updates.append(update)
-        return updates
-
-    def __iter__(self) -> Iterator[StreamUpdate]:
-        """Updates as they come, until the stream has ended; raises why if it ended badly."""
-        while (update := self._updates.get()) is not None:
-            yield update
-        self._updates.put(None)
-        self._book.decision()
-
-    def end(self) -> None:
-        """Ends the input; what is left to read then ends too."""
-        self._line.write(None)
-
-    def finish(self) -> Decision:
-        """Ends the input and waits for the decision.
-
-        Updates that nobody read are dropped: every alert is in the decision too.
-        """
-        self.end()
-        while self._updates.get() is not None:
-            pass
-        self._updates.put(None)
-        return self._book.decision()
-
-    def _write(self, message: pb.ScoreStreamRequest) -> None:
-        if not self._line.write(message) and self._book.error is not None:
-            raise self._book.error
-
-    def _read(self) -> None:
-        try:
-            for reply in self._line.replies():
-                update = self._book.reply(reply)
-                if update is not None:
-                    self._hand_over(update)
-        except MonitorError as error:
-            self._book.error = error
-        finally:
-            self._line.ended.set()
-            self._hand_over(None)
-
-    def _hand_over(self, update: StreamUpdate | None) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._updates.put(update, timeout=POLL_SECONDS)
-            except queue.Full:
-                continue
-        return None
-
-
-class _Line:
-    """One call of ScoreStream and the queue that feeds it."""
-
-    def __init__(self, stub: pb_grpc.MonitorServiceStub, timeout: float) -> None:
-        self.ended = threading.Event()
-        self._stub = stub
-        self._timeout = timeout
-        self._outgoing: queue.Queue[pb.ScoreStreamRequest | None] = queue.Queue(UNSENT_MESSAGES)
-        self._call: Any = None
-
-    def open(self, book: calls.StreamBook) -> None:
-        """Sends `open` and waits for its answer; raises why there is none."""
-        self._outgoing.put(book.opening)
-        self._call = self._stub.ScoreStream(iter(self._outgoing.get, None), timeout=self._timeout)
-        opened = next(self.replies(), None)
-        if opened is None:
-            raise MonitorError("the stream ended before it was open")
-        book.reply(opened)
-
-    def write(self, message: pb.ScoreStreamRequest | None) -> bool:
-        """Queues a message, None for the end; False where the stream has ended."""
-        while not self.ended.is_set():
-            try:
-                self._outgoing.put(message, timeout=POLL_SECONDS)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def replies(self) -> Iterator[pb.ScoreStreamResponse]:
-        """The server's messages; MonitorError where it ends with a status."""
-        try:
-            yield from self._call
-        except grpc.RpcError as error:
-            raise status.from_wire(error) from None
-
-    def close(self) -> None:
-        """Cancels the call if it runs, and lets go of gRPC's sending thread."""
-        if self._call is not None:
-            self._call.cancel()
-        self.ended.set()
-        while True:
-            try:
-                return self._outgoing.put_nowait(None)
-            except queue.Full:
-                with contextlib.suppress(queue.Empty):
-                    self._outgoing.get_nowait()
+def _records(call: Any) -> Iterator[audit.StoredRecord]:
+    try:
+        for reply in call:
+            yield audit.record_from_wire(reply.record)
+    except grpc.RpcError as error:
+        raise status.from_wire(error) from None
+    finally:
+        call.cancel()

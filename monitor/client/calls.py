@@ -1,4 +1,4 @@
-"""What the two clients share: arguments to records, when to try again, a stream's bookkeeping."""
+"""What the two clients share: arguments to records, and when to try again."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from monitor.errors import InvalidRequestError, MonitorError, NotReadyError, QueueFullError
-from monitor.records import Decision, Message, ScoreRequest, Stage, StreamOpen, StreamUpdate
-from monitor.rpc.convert import decisions, requests
+from monitor.records import (
+    Message,
+    ScoreRequest,
+    Stage,
+)
+from monitor.rpc.convert import requests
 from protos.saemonitor.v1 import monitor_pb2 as pb
 
 Messages = Iterable[Message | tuple[str, str] | Mapping[str, str]]
@@ -114,56 +118,3 @@ def stage_record(stage: Stage | str) -> Stage:
         return Stage(stage)
     except ValueError:
         raise InvalidRequestError("stage", repr(stage), "prompt or completion") from None
-
-
-class StreamBook:
-    """Where one stream stands on the caller's side: what was sent, what came back."""
-
-    def __init__(self, opening: StreamOpen) -> None:
-        self.opening = requests.stream_open_to_wire(opening)
-        self.session_id = ""
-        self.summary: Decision | None = None
-        self.error: MonitorError | None = None
-        """Why the server ended the stream."""
-        self._n_sent = 0
-        self._kind: str | None = None
-
-    def chunk(self, token_ids: Sequence[int] | None, text: str | None) -> pb.ScoreStreamRequest:
-        """The next piece, with its start index."""
-        if self.error is not None:
-            raise self.error
-        if self.summary is not None:
-            raise InvalidRequestError("send", "a stream that has its summary", "an open stream")
-        wire = requests.stream_chunk_to_wire(
-            requests.StreamChunk(
-                start_index=self._n_sent,
-                token_ids=None if token_ids is None else tuple(token_ids),
-                text=text,
-            )
-        )
-        kind = "text" if text is not None else "token_ids"
-        if self._kind not in (None, kind):
-            raise InvalidRequestError("send", f"{kind} after {self._kind}", "one kind a stream")
-        self._kind = kind
-        self._n_sent += len(text) if text is not None else len(token_ids or ())
-        return wire
-
-    def reply(self, wire: pb.ScoreStreamResponse) -> StreamUpdate | None:
-        """The update in a reply; `opened` and `summary` are kept here."""
-        kind = wire.WhichOneof("reply")
-        if kind == "opened":
-            self.session_id = wire.opened.session_id
-            return None
-        if kind == "summary":
-            self.summary = decisions.decision_from_wire(wire.summary)
-            return None
-        return decisions.update_from_wire(wire)
-
-    def decision(self) -> Decision:
-        """The summary; the reason where the stream ended without one."""
-        if self.summary is not None:
-            return self.summary
-        raise self.error or MonitorError("stream: ended without a summary")
-
-
-FLUSH = pb.ScoreStreamRequest(flush=pb.StreamFlush())

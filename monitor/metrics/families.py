@@ -26,9 +26,30 @@ class AuditCounts(Protocol):
     @property
     def pending(self) -> int: ...
     @property
+    def pending_bytes(self) -> int: ...
+    @property
     def sequence(self) -> int: ...
     @property
     def last_sync_timestamp(self) -> float: ...
+    @property
+    def uncovered(self) -> int: ...
+    @property
+    def checkpoint_failures(self) -> int: ...
+    @property
+    def last_checkpoint_timestamp(self) -> float: ...
+    @property
+    def last_checkpoint_signed(self) -> bool: ...
+
+
+class PageCounts(Protocol):
+    """Where the pages of keys and values stand."""
+
+    @property
+    def own(self) -> int: ...
+    @property
+    def shared(self) -> int: ...
+    @property
+    def free(self) -> int: ...
 
 
 class CacheCounts(Protocol):
@@ -52,6 +73,9 @@ class CacheCounts(Protocol):
     def prefix_evictions(self) -> int: ...
     @property
     def reused_tokens(self) -> int: ...
+    @property
+    def pages(self) -> PageCounts | None:
+        """None where there are none."""
 
 
 class Family(Generic[Child]):
@@ -85,6 +109,9 @@ class Maker:
     def __init__(self, registry: CollectorRegistry, model: str) -> None:
         self._registry = registry
         self._fixed = (model,)
+
+    def register(self, collector: Collector) -> None:
+        self._registry.register(collector)
 
     def counter(self, name: str, text: str, *labels: str) -> Family[Counter]:
         metric = Counter(f"saemonitor_{name}", text, ("model", *labels), registry=self._registry)
@@ -126,8 +153,13 @@ class _NoAudit:
     failed: int = 0
     dropped: int = 0
     pending: int = 0
+    pending_bytes: int = 0
     sequence: int = 0
     last_sync_timestamp: float = 0.0
+    uncovered: int = 0
+    checkpoint_failures: int = 0
+    last_checkpoint_timestamp: float = 0.0
+    last_checkpoint_signed: bool = False
 
 
 class AuditCollector(Collector):
@@ -149,10 +181,25 @@ class AuditCollector(Collector):
         )
         for name, text, value in (
             ("pending_records", "Audit records not yet on disk", now.pending),
+            ("pending_bytes", "Memory that these take, about", now.pending_bytes),
             ("sequence", "Sequence number of the last audit record on disk", now.sequence),
             ("last_sync_timestamp_seconds", "Time of the last commit", now.last_sync_timestamp),
+            ("uncovered_records", "Audit records that no checkpoint covers yet", now.uncovered),
         ):
             yield GaugeMetricFamily(f"saemonitor_audit_{name}", text, value)
+        yield CounterMetricFamily(
+            "saemonitor_audit_checkpoint_failures",
+            "Checkpoints that could not be made or stored",
+            now.checkpoint_failures,
+        )
+        checkpoint = GaugeMetricFamily(
+            "saemonitor_audit_last_checkpoint_timestamp_seconds",
+            "Time of the last checkpoint, and whether it is signed",
+            labels=["signed"],
+        )
+        signed = "true" if now.last_checkpoint_signed else "false"
+        checkpoint.add_metric([signed], now.last_checkpoint_timestamp)
+        yield checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +213,7 @@ class _NoCache:
     prefix_bytes: int = 0
     prefix_evictions: int = 0
     reused_tokens: int = 0
+    pages: PageCounts | None = None
 
 
 class CacheCollector(Collector):
@@ -186,6 +234,16 @@ class CacheCollector(Collector):
             gauge = GaugeMetricFamily(f"saemonitor_{name}", text, labels=["model"])
             gauge.add_metric([self._model], value)
             yield gauge
+        if now.pages is not None:
+            pages = GaugeMetricFamily(
+                "saemonitor_cache_pages",
+                "Pages of keys and values: of one stream, of kept blocks too, or held by nobody",
+                labels=["model", "state"],
+            )
+            pages.add_metric([self._model, "own"], now.pages.own)
+            pages.add_metric([self._model, "shared"], now.pages.shared)
+            pages.add_metric([self._model, "free"], now.pages.free)
+            yield pages
         evictions = CounterMetricFamily(
             "saemonitor_session_cache_evictions",
             "Streams whose keys and values were dropped",

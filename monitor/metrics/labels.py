@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from monitor.records import Action, Decision, Verdict
+
 LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12)
 REQUESTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 TOKENS = (16.0, 64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
@@ -52,6 +54,13 @@ class Outcome(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
 
+    @classmethod
+    def of(cls, decision: Decision) -> Outcome:
+        """How a request ended that was decided."""
+        if decision.action is Action.BLOCK:
+            return cls.BLOCKED
+        return cls.OK if decision.verdict is Verdict.PASS else cls.FLAGGED
+
 
 class Rejection(StrEnum):
     """Why a request was refused before any work was done for it."""
@@ -62,6 +71,15 @@ class Rejection(StrEnum):
     INVALID = "invalid"
     DRAINING = "draining"
     NOT_READY = "not_ready"
+
+
+class Resume(StrEnum):
+    """What became of a resumable stream whose call broke off, or of a caller who wanted one."""
+
+    RESUMED = "resumed"
+    EXPIRED = "expired"
+    """Nobody came back in time, or there were too many."""
+    NOT_FOUND = "not_found"
 
 
 class FailOpen(StrEnum):

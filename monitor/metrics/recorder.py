@@ -33,8 +33,10 @@ from monitor.metrics.labels import (
     Outcome,
     Rejection,
     RequestKind,
+    Resume,
     RpcMethod,
 )
+from monitor.metrics.liveness import LivenessMetrics
 from monitor.records import (
     Action,
     Alert,
@@ -44,6 +46,7 @@ from monitor.records import (
     Provenance,
     Severity,
     Stage,
+    StepFailure,
     Timings,
     UnscoredReason,
 )
@@ -94,6 +97,10 @@ class Metrics:
 
         self._requests = make.counter("requests", "Requests and streams", "stage", "outcome")
         self._streams = make.gauge("streams_active", "Open streams")()
+        self._detached = make.gauge("streams_detached", "Streams that wait to be reopened")()
+        self._resumes = make.counter(
+            "stream_resumes", "Streams reopened, given up, or not found", "outcome"
+        )
         self._rejections = make.counter("rejections", "Requests refused unscored", "reason")
         self._score_lag = make.histogram(
             "score_lag_seconds", "From a token's arrival to its score's sending", LATENCY, "stage"
@@ -102,6 +109,9 @@ class Metrics:
 
         self._batch_requests = make.histogram("batch_requests", "Segments of one step", REQUESTS)()
         self._batch_tokens = make.histogram("batch_tokens", "Tokens of one step", TOKENS)()
+        self._step_failures = make.counter(
+            "step_failures", "Steps of the engine that failed, those tried again included", "reason"
+        )
         self._queue_tokens = make.gauge("queue_tokens", "Tokens that wait for the engine")()
         self._queue_capacity = make.gauge("queue_capacity_tokens", "Tokens that may wait")()
         self._in_flight = make.gauge("requests_in_flight", "Requests being answered")()
@@ -136,6 +146,7 @@ class Metrics:
         self._rpc_seconds = make.grpc_histogram(
             "grpc_server_handling_seconds", "Time of unary RPCs", LATENCY, *rpc
         )
+        self.liveness = LivenessMetrics(make, model, self._cluster_label)
         self._make_series(clusters)
 
     def _make_series(self, clusters: Sequence[ClusterInfo]) -> None:
@@ -144,9 +155,11 @@ class Metrics:
         self._unscored.prepare(Stage, UnscoredReason)
         self._fail_open.prepare(FailOpen)
         self._requests.prepare(RequestKind, Outcome)
+        self._resumes.prepare(Resume)
         self._rejections.prepare(Rejection)
         self._score_lag.prepare(RequestKind)
         self._steps.prepare(STEPS)
+        self._step_failures.prepare(StepFailure)
         self._verdicts.prepare(Action, Mode)
         self._ready.prepare(Component)
         for cluster in clusters:
@@ -188,6 +201,14 @@ class Metrics:
         """Counts it out."""
         self._streams.dec()
 
+    def streams_detached(self, n: int) -> None:
+        """Says how many streams wait to be reopened."""
+        self._detached.set(n)
+
+    def stream_resume(self, outcome: Resume) -> None:
+        """Counts a stream that was reopened, given up, or not found."""
+        self._resumes(outcome).inc()
+
     def rejected(self, reason: str) -> None:
         """Counts a request that was refused before any work; a `Rejection`."""
         self._rejections(Rejection(reason)).inc()
@@ -216,6 +237,10 @@ class Metrics:
         """One step of the engine; may be called from its thread."""
         self._batch_requests.observe(n_requests)
         self._batch_tokens.observe(n_tokens)
+
+    def step_failed(self, failure: StepFailure) -> None:
+        """Counts a step that failed; may be called from the engine's thread."""
+        self._step_failures(failure).inc()
 
     def watch_queue(
         self,

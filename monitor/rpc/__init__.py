@@ -5,5 +5,6 @@ status         errors <-> gRPC status, both directions
 serving        the pipeline that answers now, if any, and whether the server drains
 interceptors   the edge that every RPC goes through: metrics, and where errors end
 servicers      MonitorService, InfoService, RegistryService
+audit          AuditService
 stream         the two directions of one ScoreStream
 """

@@ -1,4 +1,4 @@
-"""The three services; each method is convert, pipeline, convert."""
+"""The services but AuditService (`audit`); each method is convert, pipeline, convert."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from monitor.errors import InvalidRequestError, NotReadyError
 from monitor.metrics import Metrics, Rejection, RequestKind
 from monitor.metrics.labels import RpcMethod
 from monitor.records import ActivationsChunk
+from monitor.rpc.audit import AuditService
 from monitor.rpc.convert import activations, decisions, registry, requests
 from monitor.rpc.serving import Serving
 from monitor.rpc.stream import Exchange
@@ -38,6 +39,7 @@ def register(server: grpc.aio.Server, serving: Serving, metrics: Metrics) -> Non
     pb_grpc.add_MonitorServiceServicer_to_server(MonitorService(serving, metrics), server)
     pb_grpc.add_InfoServiceServicer_to_server(InfoService(serving), server)
     pb_grpc.add_RegistryServiceServicer_to_server(RegistryService(serving), server)
+    pb_grpc.add_AuditServiceServicer_to_server(AuditService(serving), server)
     for service in pb.DESCRIPTOR.services_by_name.values():
         for method in service.methods:
             kind = _KINDS[method.client_streaming, method.server_streaming]
@@ -60,10 +62,12 @@ class MonitorService(pb_grpc.MonitorServiceServicer):
         started = time.monotonic()
         pipeline = self._serving.pipeline
         record = self._read(requests.score_request_from_wire, request)
-        decision = await pipeline.score(record, deadline_seconds=context.time_remaining())
+        decision = await pipeline.score(
+            record, deadline_seconds=context.time_remaining(), peer=context.peer()
+        )
         kind = RequestKind.CHAT if record.messages is not None else RequestKind(record.stage)
         self._metrics.score_lag(kind, time.monotonic() - started)
-        return pb.ScoreResponse(decision=decisions.decision_to_wire(decision))
+        return pb.ScoreResponse(decision=await decisions.decision_to_wire_aside(decision))
 
     async def ScoreStream(  # type: ignore[override]  # a coroutine that writes, not a generator
         self,
@@ -74,7 +78,7 @@ class MonitorService(pb_grpc.MonitorServiceServicer):
         pipeline = self._serving.pipeline
         first = await anext(request_iterator, pb.ScoreStreamRequest())
         opened = self._read(requests.stream_open_from_wire, first)
-        async with pipeline.open_stream(opened) as session:
+        async with pipeline.open_stream(opened, peer=context.peer()) as session:
             exchange = Exchange(session, RequestKind(opened.stage), self._serving, self._metrics)
             await exchange.run(request_iterator, context)
         if exchange.was_drained:
@@ -101,11 +105,13 @@ class MonitorService(pb_grpc.MonitorServiceServicer):
                 arrived = time.monotonic()
 
         decision = await pipeline.score_activations(
-            opened, chunks(), deadline_seconds=context.time_remaining()
+            opened, chunks(), deadline_seconds=context.time_remaining(), peer=context.peer()
         )
         kind = RequestKind.CHAT if opened.stages else RequestKind(opened.stage)
         self._metrics.score_lag(kind, time.monotonic() - arrived)
-        return pb.ScoreActivationsResponse(decision=decisions.decision_to_wire(decision))
+        return pb.ScoreActivationsResponse(
+            decision=await decisions.decision_to_wire_aside(decision)
+        )
 
     def _read(self, convert: Callable[[Message], Record], message: Message) -> Record:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from monitor.errors import NotReadyError
+from monitor.errors import NotFoundError, NotReadyError
 from monitor.metrics import Metrics, Rejection
 
 if TYPE_CHECKING:  # a servicer needs its methods only; importing it would bring torch
@@ -15,7 +15,12 @@ if TYPE_CHECKING:  # a servicer needs its methods only; importing it would bring
 class Serving:
     """Starts without a pipeline, gets one when the model is loaded, and ends by draining."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(
+        self, metrics: Metrics, *, audit_url: str | None = None, audit_chain: str = "main"
+    ) -> None:
+        """`audit_url` is of the log that AuditService reads; it reads none where it is None."""
+        self.audit_chain = audit_chain
+        self._audit_url = audit_url
         self._metrics = metrics
         self._pipeline: Pipeline | None = None
         self._draining = asyncio.Event()
@@ -31,6 +36,16 @@ class Serving:
             self._metrics.rejected(Rejection.NOT_READY)
             raise NotReadyError(f"server: {self._why_not}, expected a server that is ready")
         return self._pipeline
+
+    @property
+    def audit_url(self) -> str:
+        """The log that AuditService reads; NotFoundError where there is none to read."""
+        if self._audit_url is None:
+            raise NotFoundError(
+                "audit log: found none served here, expected a server that keeps one and either "
+                "listens on this machine alone or has audit_rpc on"
+            )
+        return self._audit_url
 
     @property
     def is_draining(self) -> bool:

@@ -45,10 +45,13 @@ CODES: Mapping[type[errors.MonitorError], grpc.StatusCode] = {
     errors.PayloadTooLargeError: grpc.StatusCode.INVALID_ARGUMENT,
     errors.StreamPositionError: grpc.StatusCode.OUT_OF_RANGE,
     errors.NotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.StreamNotFoundError: grpc.StatusCode.NOT_FOUND,
     errors.FingerprintError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ForeignActivationsError: grpc.StatusCode.FAILED_PRECONDITION,
     errors.QueueFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.ComputeMemoryError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.NotReadyError: grpc.StatusCode.UNAVAILABLE,
+    errors.StreamBrokenError: grpc.StatusCode.UNAVAILABLE,
     errors.UnfitError: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineError: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.ActivationError: grpc.StatusCode.FAILED_PRECONDITION,
@@ -94,6 +97,8 @@ def to_wire(error: Exception, error_id: str) -> WireStatus:
     elif isinstance(error, errors.InvalidRequestError):
         parts = {"field": error.field, "found": error.found, "expected": error.expected}
         info = {name: _shortened(part, MAX_FIELD_BYTES) for name, part in parts.items()}
+    elif isinstance(error, errors.StreamNotFoundError):
+        info = {"resend_from": "0"}
     reason = "INTERNAL" if is_internal else _reason(_known_class(error))
     packed = [_packed(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=info))]
     trailers: list[tuple[str, str | bytes]] = []

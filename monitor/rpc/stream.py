@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from monitor.errors import InvalidRequestError, StreamBrokenError
 from monitor.metrics import Metrics, RequestKind
 from monitor.records import Decision
 from monitor.rpc.convert import decisions, requests
@@ -18,7 +19,7 @@ from monitor.rpc.serving import Serving
 from protos.saemonitor.v1 import monitor_pb2 as pb
 
 if TYPE_CHECKING:
-    from monitor.pipeline import StreamSession
+    from monitor.stream_session import StreamSession
 
 
 class Exchange:
@@ -34,7 +35,7 @@ class Exchange:
         self._serving = serving
         self._metrics = metrics
         self._arrivals: deque[tuple[int, float]] = deque()
-        self._n_arrived = session.first_position
+        self._n_arrived = session.n_received
 
     async def run(
         self,
@@ -42,7 +43,9 @@ class Exchange:
         context: grpc.aio.ServicerContext[pb.ScoreStreamRequest, pb.ScoreStreamResponse],
     ) -> None:
         """Until the summary has been written; raises what either direction raises."""
-        opened = pb.StreamOpened(session_id=self._session.session_id)
+        opened = pb.StreamOpened(
+            session_id=self._session.session_id, next_index=self._session.next_index
+        )
         await context.write(pb.ScoreStreamResponse(opened=opened))
         writing = asyncio.create_task(self._write(context))
         reading = asyncio.create_task(self._read(incoming, writing))
@@ -50,7 +53,7 @@ class Exchange:
             decision, _ = await asyncio.gather(reading, writing)
         finally:
             await _cancelled(reading, writing)
-        summary = decisions.decision_to_wire(decision)
+        summary = await decisions.decision_to_wire_aside(decision)
         await context.write(pb.ScoreStreamResponse(summary=summary))
 
     async def _read(
@@ -58,31 +61,47 @@ class Exchange:
     ) -> Decision:
         """Feeds the session until the caller closes its side, the server drains, or scoring fails.
 
+        Where the messages of a resumable stream end without `end` its connection broke: its
+        cancellation may come later than their end.
         Updates that end first mean that scoring has failed: `finish` then raises why, and a caller
         that only waits for replies hears of it.
         """
         feeding = asyncio.create_task(self._feed(incoming))
         draining = asyncio.create_task(self._serving.drained())
+        leaving = asyncio.create_task(self._session.taken_over.wait())
         try:
-            await asyncio.wait({feeding, draining, writing}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                {feeding, draining, leaving, writing}, return_when=asyncio.FIRST_COMPLETED
+            )
+            if leaving.done():
+                raise InvalidRequestError(
+                    "session_id", "a stream that another call has reopened", "one call a stream"
+                )
             if feeding.done():
-                feeding.result()
+                if not feeding.result() and self._session.is_resumable:
+                    raise StreamBrokenError(
+                        "stream: its messages ended without `end`; reopen it by its session_id"
+                    )
             else:
                 self.was_drained = not writing.done()
         finally:
-            await _cancelled(feeding, draining)
+            await _cancelled(feeding, draining, leaving)
         return await self._session.finish()
 
-    async def _feed(self, incoming: AsyncIterator[pb.ScoreStreamRequest]) -> None:
+    async def _feed(self, incoming: AsyncIterator[pb.ScoreStreamRequest]) -> bool:
+        """Whether the caller ended the input."""
         async for message in incoming:
             chunk = requests.stream_chunk_from_wire(message)
-            if chunk is None:
+            if chunk is requests.StreamSign.END:
+                return True
+            if chunk is requests.StreamSign.FLUSH:
                 await self._session.flush()
                 continue
             await self._session.feed(chunk.start_index, token_ids=chunk.token_ids, text=chunk.text)
             # How many tokens a text makes is not known here: the next reply counts as its answer.
             self._n_arrived += len(chunk.token_ids or ())
             self._arrivals.append((self._n_arrived, time.monotonic()))
+        return False
 
     async def _write(
         self,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import structlog
 
-from monitor import __version__
 from monitor.audit_log.record import RecordKind
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
@@ -24,8 +23,11 @@ from monitor.metrics import Component
 from monitor.model_store import Progress
 from monitor.ops import ComponentState, ops_app
 from monitor.pipeline import Pipeline
+from monitor.records import AuditLevel
 from monitor.rpc.serving import Serving
+from monitor.run_facts import run_facts
 from monitor.served import Served
+from monitor.server.liveness import Liveness
 from monitor.server.parts import (
     build_pipeline,
     in_daemon_thread,
@@ -76,6 +78,7 @@ class MonitorServer:
         self._bundle = load_bundle(bundle_folder)
         self.metrics = make_metrics(self._bundle)
         self.pipeline: Pipeline | None = None
+        self.liveness: Liveness | None = None
         self._audit_log: AuditLog | None = None
         self._serving: Serving | None = None
         self._grpc: GrpcWire | None = None
@@ -83,6 +86,7 @@ class MonitorServer:
         self._watchdog: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self._unfit = ""
+        self._served: Served | None = None
 
     async def start(self) -> Ready:
         """Listens, then loads; answers /livez and refuses RPCs as not ready meanwhile.
@@ -94,12 +98,16 @@ class MonitorServer:
         """
         started = time.monotonic()
         try:
-            self._serving = Serving(self.metrics)
+            self._serving = Serving(
+                self.metrics,
+                audit_url=self._served_audit_url(),
+                audit_chain=self.settings.audit_chain,
+            )
             self._grpc = GrpcWire(self.settings, self._serving, self.metrics)
             listening = await self._grpc.start()
             ops_address = self.settings.ops_address()
             if ops_address is not None:
-                app = ops_app(self.metrics, ready=self.components, live=self._liveness)
+                app = ops_app(self.metrics, ready=self.components, live=self._is_live)
                 self._ops = OpsWire(ops_address, app)
                 await self._ops.start()
             self._audit_log = open_audit_log(self.settings, self.metrics)
@@ -107,10 +115,13 @@ class MonitorServer:
             served = await in_daemon_thread(
                 lambda: load_model(self.settings, self._bundle, self._progress)
             )
+            self._served = served
             await self._check_fidelity(served)
             self.pipeline = build_pipeline(self.settings, served, self._audit_log, self.metrics)
             await self._record(RecordKind.SERVER_START)
+            self.liveness = Liveness(self.settings, self.pipeline)
             self._serving.open(self.pipeline)
+            self.liveness.start()
             await self._tell()
         except UnfitError:
             raise  # stays up, so that probes and operators are told what is wrong
@@ -126,8 +137,7 @@ class MonitorServer:
         for address in listening:
             if not address.is_local:
                 log.warning("listening_beyond_this_machine", listen=str(address), encrypted=False)
-        if self.settings.audit_level == "none":
-            log.warning("no_audit_log", consequence="decisions are not recorded")
+        self._warn_of_audit()
         for cluster, reason in served.uncalibrated_reasons.items():
             log.warning("cluster_uncalibrated", cluster=cluster, reason=reason)
         log.info("ready", **asdict(ready))
@@ -145,6 +155,8 @@ class MonitorServer:
             self.pipeline.draining = True
         if self._grpc is not None:
             await self._grpc.drain_health()
+        if self.pipeline is not None:
+            await self.pipeline.end_detached()
         while self._n_running() and time.monotonic() < deadline and not self._hurry.is_set():
             await asyncio.sleep(0.01)
         if self._n_running():
@@ -155,9 +167,14 @@ class MonitorServer:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._watchdog
+        if self.liveness is not None:
+            await self.liveness.stop()
         if self.pipeline is not None:
+            await self.pipeline.end_detached()  # those whose call was cut off just now
             await asyncio.to_thread(self.pipeline.engine.stop)
             await self._record(RecordKind.SERVER_STOP)
+        if self._served is not None:
+            await asyncio.to_thread(self._served.close)
         if self._audit_log is not None:
             await self._audit_log.close()
         if self._ops is not None:
@@ -171,12 +188,13 @@ class MonitorServer:
         """Readiness by part."""
         loading = "" if self.pipeline is not None else self._unfit or "still loading"
         engine = self.pipeline is not None and self.pipeline.engine.alive
+        failure = "" if self.pipeline is None else self.pipeline.engine.failure
         audit = self._audit_log is not None and self._audit_log.healthy
         draining = self._serving is not None and self._serving.is_draining
         parts = {
             Component.REGISTRY: (True, ""),
             Component.SAE: (self.pipeline is not None, loading),
-            Component.MODEL: (engine, loading or "the engine thread is not running"),
+            Component.MODEL: (engine, loading or failure or "the engine thread is not running"),
             Component.AUDIT: (audit, "the audit log cannot be written"),
         }
         for component, (ready, _) in parts.items():
@@ -188,7 +206,35 @@ class MonitorServer:
         server = ComponentState(
             component="server", ready=not draining, reason="draining" if draining else ""
         )
-        return [*states, server]
+        canaries = None if self.liveness is None else self.liveness.state()
+        return [*states, server, *([] if canaries is None else [canaries])]
+
+    def _served_audit_url(self) -> str | None:
+        """The log that callers may read: others' decisions are in it."""
+        settings = self.settings
+        local = all(address.is_local for address in settings.listen_addresses())
+        served = settings.audit_rpc == "on" or (settings.audit_rpc == "local" and local)
+        return settings.audit if served and settings.audit_level is not AuditLevel.NONE else None
+
+    def _warn_of_audit(self) -> None:
+        """Says loudly what an operator may not have meant."""
+        settings = self.settings
+        if settings.audit_level is AuditLevel.NONE:
+            log.warning("no_audit_log", consequence="decisions are not recorded")
+            return
+        assert self._audit_log is not None
+        levels = {
+            name: self._audit_log.level_for(policy.audit_level)
+            for name, policy in self._bundle.spec.policies.items()
+        }
+        clear = [name for name, level in levels.items() if level.rank > AuditLevel.SCORES.rank]
+        if clear and settings.audit_keys is None and settings.audit_keys_file is None:
+            log.error(
+                "audit_not_encrypted",
+                policies=clear,
+                consequence="what people write is stored in the clear",
+                expected="audit_keys_file or SAEMONITOR_AUDIT_KEYS, or audit_level scores",
+            )
 
     async def _check_fidelity(self, served: Served) -> None:
         if self.settings.fidelity == "off":
@@ -221,11 +267,12 @@ class MonitorServer:
             self._serving.stay_closed(reason)
         await self._tell()
 
-    def _liveness(self) -> list[ComponentState]:
+    def _is_live(self) -> list[ComponentState]:
         # That this runs at all shows that the event loop does.
         alive = self.pipeline is None or self.pipeline.engine.alive
         stopping = self._serving is not None and self._serving.is_draining
-        reason = "" if alive or stopping else "the engine thread has died"
+        failure = "" if self.pipeline is None else self.pipeline.engine.failure
+        reason = "" if alive or stopping else failure or "the engine thread has died"
         return [
             ComponentState(component="event_loop", ready=True),
             ComponentState(component="engine", ready=alive or stopping, reason=reason),
@@ -253,14 +300,7 @@ class MonitorServer:
         """The server's own life in the audit log; a log that cannot be written is told, no more."""
         if self._audit_log is None or self.pipeline is None:
             return
-        provenance = self.pipeline.served.provenance
-        content = {
-            "bundle": provenance.bundle,
-            "bundle_digest": provenance.bundle_digest,
-            "model": provenance.model,
-            "model_digest": provenance.model_digest,
-            "server_version": __version__,
-        }
+        content = run_facts(self.pipeline.served, max_step_tokens=self.settings.max_step_tokens)
         try:
             await self._audit_log.append_event(kind, content)
         except AuditError as error:

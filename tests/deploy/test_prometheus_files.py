@@ -49,7 +49,11 @@ def exported_names() -> set[str]:
         clear=-1.0,
         calibrated=False,
     )
-    text = Metrics("tiny", [cluster]).render().body.decode()
+    metrics = Metrics("tiny", [cluster])
+    metrics.liveness.canary_judged("weapons", passed=True, deviation=0.0)
+    metrics.liveness.watch_staleness(["weapons"], lambda cluster: False)
+    metrics.liveness.drift(["registered_l0"])
+    text = metrics.render().body.decode()
     return {re.split(r"[{ ]", line)[0] for line in text.splitlines() if not line.startswith("#")}
 
 

@@ -102,7 +102,8 @@ class FakeSession:
     def __init__(self, opened: StreamOpen, decision: Decision, update: StreamUpdate) -> None:
         self.opened = opened
         self.session_id = opened.session_id or "chosen-by-server"
-        self.first_position = 0
+        self.taken_over = asyncio.Event()
+        self.n_received = self.next_index = 0
         self.fed: list[tuple[int, tuple[int, ...] | None, str | None]] = []
         self.cancelled = False
         self.ended: BaseException | None = None
@@ -167,7 +168,7 @@ class FakePipeline:
             raise self.errors.pop(0)
 
     async def score(
-        self, request: ScoreRequest, *, deadline_seconds: float | None = None
+        self, request: ScoreRequest, *, deadline_seconds: float | None = None, peer: str = ""
     ) -> Decision:
         self.requests.append((request, deadline_seconds))
         self._raise_next()
@@ -181,6 +182,7 @@ class FakePipeline:
         chunks: AsyncIterator[ActivationsChunk],
         *,
         deadline_seconds: float | None = None,
+        peer: str = "",
     ) -> Decision:
         self.activations.append((opened, [], deadline_seconds))
         self._raise_next()
@@ -188,7 +190,7 @@ class FakePipeline:
             self.activations[-1][1].append(chunk)
         return self.decision
 
-    def open_stream(self, opened: StreamOpen) -> FakeSession:
+    def open_stream(self, opened: StreamOpen, *, peer: str = "") -> FakeSession:
         self._raise_next()
         self.sessions.append(FakeSession(opened, self.decision, self.update))
         return self.sessions[-1]

@@ -45,7 +45,8 @@ def early() -> tuple[np.ndarray, torch.Tensor]:
 
 
 def tensors(part: GivenRows) -> Mapping[str, torch.Tensor]:
-    return {str(place): t for place, t in part.tensors(torch.device("cpu")).items()}
+    devices = dict.fromkeys(part.acts, torch.device("cpu"))
+    return {str(place): t for place, t in part.tensors(devices).items()}
 
 
 def test_tensors_that_take_turns_are_put_together() -> None:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent import futures
 from typing import Any
 
 import grpc
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from monitor.client import AsyncMonitorClient, MonitorClient, RetryPolicy
+from monitor.client.call_end import CallEnd
 from monitor.errors import (
     DeadlineError,
     FingerprintError,
@@ -31,6 +34,8 @@ from monitor.records import (
     Stage,
     StreamOpen,
 )
+from protos.saemonitor.v1 import monitor_pb2 as pb
+from protos.saemonitor.v1 import monitor_pb2_grpc as pb_grpc
 
 AT_ONCE = RetryPolicy(initial_backoff_seconds=0.001, max_backoff_seconds=0.002)
 
@@ -594,6 +599,43 @@ async def test_activations_that_are_refused_at_once_say_why(
         await client.score_activations(large, model_digest="a")
     with pytest.raises(ForeignActivationsError, match="model_digest: found a, expected b"):
         await in_thread(fake_server.address, lambda c: c.score_activations(large, model_digest="a"))
+
+
+class RefusingAtOnce(pb_grpc.MonitorServiceServicer):
+    """Reads one message and refuses the call; runs beside the test's event loop."""
+
+    def ScoreActivations(self, messages: Any, context: Any) -> None:
+        self.ScoreStream(messages, context)
+
+    def ScoreStream(self, messages: Any, context: Any) -> None:
+        next(messages)
+        context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the server's own words")
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    pb_grpc.add_MonitorServiceServicer_to_server(RefusingAtOnce(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize("method", ["ScoreActivations", "ScoreStream"])
+async def test_a_write_after_the_end_does_not_hide_what_the_server_said(
+    refusing: str, method: str
+) -> None:
+    async with grpc.aio.insecure_channel(refusing) as channel:
+        call = getattr(pb_grpc.MonitorServiceStub(channel), method)()
+        end = CallEnd(call)
+        message = getattr(pb, f"{method}Request")()
+        await call.write(message)
+        await asyncio.sleep(0)
+        time.sleep(0.2)  # the loop must not see the end before it writes again
+        with contextlib.suppress(grpc.RpcError, asyncio.InvalidStateError):
+            await call.write(message)
+        assert str(await end.error()) == "the server's own words"
 
 
 def test_waits_grow_to_a_bound_and_end() -> None:

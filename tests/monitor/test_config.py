@@ -88,7 +88,13 @@ def test_an_empty_variable_is_not_a_value(monkeypatch: pytest.MonkeyPatch) -> No
         ({"ops_listen": "unix:/tmp/ops"}, "ops_listen (--ops-listen): found 'unix:/tmp/ops',"),
         ({"max_queue_tokens": 10}, "max_request_tokens: found 32768, expected at most max_queue"),
         ({"ops_listen": "127.0.0.1:50051"}, "found 127.0.0.1:50051 twice, expected once"),
-        ({"audit_level": "content"}, "audit_level (--audit-level): found 'content', expected"),
+        ({"gpus": 2, "device": "cpu"}, "gpus: found 2 with device cpu, expected 1"),
+        ({"gpus": 2, "tensor_parallel": 2}, "gpus, tensor_parallel: found 2 and 2, expected 1"),
+        ({"tensor_parallel": 0}, "tensor_parallel (--tensor-parallel): found 0, expected greater"),
+        (
+            {"audit_level": "everything"},
+            "audit_level (--audit-level): found 'everything', expected",
+        ),
     ],
 )
 def test_an_impossible_setting_is_named_with_found_and_expected(

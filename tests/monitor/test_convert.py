@@ -134,9 +134,13 @@ def test_bad_activations_are_refused_by_field_found_expected() -> None:
         assert _refusal(action) == message
 
 
-def test_flush_is_no_chunk() -> None:
-    flush = pb.ScoreStreamRequest(flush=pb.StreamFlush())
-    assert requests.stream_chunk_from_wire(flush) is None
+def test_signs_are_no_chunks() -> None:
+    flush, end = (
+        pb.ScoreStreamRequest(flush=pb.StreamFlush()),
+        pb.ScoreStreamRequest(end=pb.StreamEnd()),
+    )
+    assert requests.stream_chunk_from_wire(flush) is requests.StreamSign.FLUSH
+    assert requests.stream_chunk_from_wire(end) is requests.StreamSign.END
 
 
 def _refusal(action: Callable[[], object]) -> str:
@@ -174,7 +178,7 @@ def test_bad_requests_are_refused_by_field_found_expected() -> None:
         "first stream message: found none, expected open": (
             lambda: requests.stream_open_from_wire(pb.ScoreStreamRequest())
         ),
-        "stream message after the first: found open, expected tokens or flush": (
+        "stream message after the first: found open, expected one of tokens, flush, end": (
             lambda: requests.stream_chunk_from_wire(second_open)
         ),
         "tokens.content: found none, expected exactly one of token_ids, text": (

@@ -138,6 +138,7 @@ def test_every_series_of_the_closed_sets_is_there_at_zero(metrics: Metrics) -> N
     for name in (
         *("audit_dropped_total", "audit_pending_records", "audit_sequence"),
         *("audit_last_sync_timestamp_seconds", "audit_sync_seconds_count"),
+        *("audit_pending_bytes", "audit_uncovered_records", "audit_checkpoint_failures_total"),
         "event_loop_lag_seconds_count",
     ):
         zero(name)
@@ -246,6 +247,13 @@ def test_gauges_are_read_at_the_scrape(metrics: Metrics) -> None:
 
 
 @dataclasses.dataclass
+class FakePages:
+    own: int = 5
+    shared: int = 2
+    free: int = 1
+
+
+@dataclasses.dataclass
 class FakeCache:
     sessions: int = 4
     session_bytes: int = 4096
@@ -256,6 +264,7 @@ class FakeCache:
     prefix_bytes: int = 600
     prefix_evictions: int = 2
     reused_tokens: int = 640
+    pages: FakePages | None = None
 
 
 def test_the_cache_is_read_at_the_scrape(metrics: Metrics) -> None:
@@ -275,6 +284,9 @@ def test_the_cache_is_read_at_the_scrape(metrics: Metrics) -> None:
     assert read("prefix_cache_bytes") == 600
     assert read("prefix_cache_evictions_total") == 2
     assert read("prefix_cache_reused_tokens_total") == 640
+    assert read("cache_pages", state="own") is None
+    cache.pages = FakePages()
+    assert [read("cache_pages", state=state) for state in ("own", "shared", "free")] == [5, 2, 1]
 
 
 @dataclasses.dataclass
@@ -283,8 +295,13 @@ class FakeCounts:
     failed: int = 2
     dropped: int = 1
     pending: int = 3
+    pending_bytes: int = 9000
     sequence: int = 40
     last_sync_timestamp: float = 1.5e9
+    uncovered: int = 7
+    checkpoint_failures: int = 2
+    last_checkpoint_timestamp: float = 1.4e9
+    last_checkpoint_signed: bool = True
 
 
 def test_the_audit_log_is_read_at_the_scrape(metrics: Metrics) -> None:
@@ -298,6 +315,11 @@ def test_the_audit_log_is_read_at_the_scrape(metrics: Metrics) -> None:
     assert value(metrics, "saemonitor_audit_sequence") == 40
     assert value(metrics, "saemonitor_audit_last_sync_timestamp_seconds") == 1.5e9
     assert value(metrics, "saemonitor_audit_sync_seconds_sum") == 0.015
+    assert value(metrics, "saemonitor_audit_pending_bytes") == 9000
+    assert value(metrics, "saemonitor_audit_uncovered_records") == 7
+    assert value(metrics, "saemonitor_audit_checkpoint_failures_total") == 2
+    last = "saemonitor_audit_last_checkpoint_timestamp_seconds"
+    assert value(metrics, last, signed="true") == 1.4e9
     counts.written = 13
     assert value(metrics, "saemonitor_audit_records_total", result="written") == 13
 

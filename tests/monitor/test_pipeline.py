@@ -45,7 +45,7 @@ from monitor.records import (
     UnscoredReason,
     Verdict,
 )
-from monitor.served import Served
+from monitor.served import Served, calibration_facts
 from monitor.testing import HOOK_POINT
 from sae_core.language_model.model import Segment
 
@@ -123,6 +123,17 @@ async def test_whole_text_and_ids_are_the_same_request(pipeline: Pipeline) -> No
     by_ids = await pipeline.score(ids_request(pipeline, ids, want_tokens=True))
     assert by_text.tokens == by_ids.tokens
     assert by_text.clusters == by_ids.clusters
+
+
+async def test_ids_can_each_have_a_stage(pipeline: Pipeline) -> None:
+    ids = ids_of(pipeline, RISKY)
+    stages = [None, *[Stage.PROMPT] * 3, *[Stage.COMPLETION] * (len(ids) - 4)]
+    traced = await pipeline.score_traced(ids_request(pipeline, ids), stages=stages)
+    assert traced.trace.stages == tuple(stages)
+    assert traced.decision.coverage.scored == len(ids) - 1
+    assert traced.trace.logits.shape == (len(ids), 2, 3)
+    with pytest.raises(InvalidRequestError, match=f"stages: found 1 entries, expected {len(ids)}"):
+        await pipeline.score_traced(ids_request(pipeline, ids), stages=[None])
 
 
 async def test_roles_decide_the_stage(pipeline: Pipeline) -> None:
@@ -307,13 +318,16 @@ def test_a_calibration_covers_given_activations_where_it_was_made_with_them(
     spec = served.bundle.spec
     danger = spec.clusters[0].model_copy(update={"calibration": "c.json"})
     artefact = {
-        "model_digest": served.provenance.model_digest,
-        "tokenizer_digest": served.provenance.tokenizer_fingerprint,
+        **calibration_facts(served.bundle, served.provenance, served.plan.heads),
         "dtype": "bfloat16",
         "backend": "caller",
         "calibrated": True,
         "clusters": {
-            "danger": {"thresholds": danger.thresholds.model_dump(), "benign_scores": [0.0, 1.0]}
+            "danger": {
+                "thresholds": danger.thresholds.model_dump(),
+                "aggregate": danger.aggregate.model_dump(),
+                "benign_scores": [0.0, 1.0],
+            }
         },
     }
     clusters = (danger, *spec.clusters[1:])
@@ -329,6 +343,11 @@ def test_a_calibration_covers_given_activations_where_it_was_made_with_them(
     assert other.plan.calibrated == (False, False)
     assert other.uncalibrated_reasons["danger"] == "dtype: found float32, calibrated on bfloat16"
     assert other.scorer is served.scorer
+    swapped = {**artefact, "sae_digests": {"l1": "another"}}
+    foreign = replace(calibrated, bundle=replace(bundle, calibration={"c.json": swapped}))
+    reason = foreign.as_given("bfloat16").uncalibrated_reasons["danger"]
+    assert reason.startswith("sae_digests.l1: found ")
+    assert reason.endswith("calibrated on another")
 
 
 async def test_draining_refuses_new_work(pipeline: Pipeline) -> None:

@@ -123,6 +123,32 @@ def test_overall_is_0_at_flag_and_1_at_alert(score: float, overall: float, verdi
     assert judgement.verdict.value == verdict
 
 
+@pytest.mark.parametrize(
+    ("harm", "refusal", "overall"),
+    [
+        (-3.0, 0.9, -2.0),  # both below flag: as harm says, though refusal is higher
+        (-3.0, 2.0, 0.5),  # refusal flags and harm does not
+        (1.2, 2.8, 0.1),  # both flag
+        (2.0, 5.0, 2.0),  # refusal alerts
+    ],
+)
+def test_overall_is_the_score_of_one_cluster_as_far_as_the_verdict_agrees(
+    harm: float, refusal: float, overall: float
+) -> None:
+    policy = Policy("default", make_spec(policies={"default": {"ranked_by": "harm"}}))
+    state = policy.start()
+    policy.advance(state, Stage.COMPLETION, [0], running(harm, refusal=refusal))
+    judgement = policy.judge(state, running(harm, refusal=refusal)[-1])
+    assert judgement.overall.fused == pytest.approx(overall)
+    assert (overall >= 0) is (judgement.verdict is not Verdict.PASS)
+
+
+def test_a_policy_is_ranked_by_a_cluster_that_it_looks_at() -> None:
+    ranked = {"clusters": ["harm"], "ranked_by": "refusal"}
+    with pytest.raises(ValueError, match=r"policies.default.ranked_by: found 'refusal'"):
+        make_spec(policies={"default": ranked})
+
+
 def test_overall_never_falls_below_a_verdict_that_was_reached() -> None:
     policy = Policy("default", make_spec())
     state = policy.start()

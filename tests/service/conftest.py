@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -89,6 +94,57 @@ def running(settings: ServeSettings, bundle: Path) -> Iterator[RunningServer]:
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.run_until_complete(loop.shutdown_default_executor())
         loop.close()
+
+
+class ServeProcess:
+    """`sae-monitor serve` as an operator runs it."""
+
+    def __init__(self, bundle: Path, folder: Path, *flags: str, **environment: str) -> None:
+        self.audit = f"sqlite:///{folder / 'audit.db'}"
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "monitor", "serve", "--bundle", str(bundle)),
+                *("--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"),
+                *("--audit", self.audit, *flags),
+            ],
+            env={**os.environ, **environment},  # noqa: TID251 - the child's, plus what is tested
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def ready(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise AssertionError(self.process.communicate()[1])
+        answer = json.loads(line)
+        assert isinstance(answer, dict)
+        return answer
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
+        self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+
+@contextmanager
+def serving(*args: Any, **environment: str) -> Iterator[ServeProcess]:
+    server = ServeProcess(*args, **environment)
+    try:
+        yield server
+    finally:
+        with server.process:  # closes its pipes, and waits for it
+            server.process.kill()
+
+
+@pytest.fixture
+def serve_process() -> Callable[..., Any]:
+    """`with serve_process(bundle, folder, flags..., VARIABLE=value) as process:`."""
+    return serving
 
 
 @pytest.fixture(scope="session")

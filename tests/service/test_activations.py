@@ -458,7 +458,7 @@ class SlowUpload:
 
 async def arriving(server: Any) -> bool:
     for _ in range(1000):
-        if server.server.pipeline._arriving_tokens:
+        if server.server.pipeline._uploads._arriving_tokens:
             return True
         await asyncio.sleep(0.01)
     return False
@@ -479,7 +479,7 @@ def test_an_upload_that_is_cancelled_gives_its_place_back(serve: Any) -> None:
         with SlowUpload(server, opening(host, 20)):
             pass
         assert server.call(settled(server))
-        assert server.server.pipeline._arriving_tokens == 0
+        assert server.server.pipeline._uploads._arriving_tokens == 0
         unscored = [
             server.value("saemonitor_tokens_unscored_total", **labels, reason=reason)
             for reason in UnscoredReason
@@ -490,7 +490,7 @@ def test_an_upload_that_is_cancelled_gives_its_place_back(serve: Any) -> None:
 
 
 def test_an_upload_that_stalls_is_ended(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("monitor.pipeline.MAX_CHUNK_WAIT_SECONDS", 0.2)
+    monkeypatch.setattr("monitor.activation_uploads.MAX_CHUNK_WAIT_SECONDS", 0.2)
     with serve() as server, server.client() as client:
         host = Host(server, client)
         with SlowUpload(server, opening(host, 20)) as upload:

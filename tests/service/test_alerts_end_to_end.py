@@ -9,6 +9,7 @@ import http.client
 import json
 import queue
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,8 +23,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 
 from monitor.audit_log.query import query
 from monitor.audit_log.verify import verify
@@ -167,38 +170,50 @@ def write_prometheus_config(folder: Path, target: str, alertmanager: str) -> Pat
     return path
 
 
-@pytest.mark.timeout(600)
-def test_a_risky_request_reaches_the_webhook_with_cluster_and_severity(
-    tiny_bundle: Path, prometheus_binary: Path, alertmanager_binary: Path, tmp_path: Path
-) -> None:
-    audit_url = f"sqlite:///{tmp_path / 'audit.db'}"
+@dataclass(frozen=True)
+class Watched:
+    """A server under the shipped rules, and where their alerts arrive."""
+
+    server: subprocess.Popen[str]
+    client: MonitorClient
+    prometheus: Prometheus
+    webhook: Webhook
+    audit_url: str
+
+
+@contextmanager
+def watched(
+    bundle: Path, prometheus_binary: Path, alertmanager_binary: Path, folder: Path, *flags: str
+) -> Iterator[Watched]:
+    """Server, Prometheus, Alertmanager and webhook, each a process or thread of its own."""
+    audit_url = f"sqlite:///{folder / 'audit.db'}"
     alertmanager_port = free_port()
     prometheus = Prometheus(free_port())
     with ExitStack() as stack:
         webhook = stack.enter_context(Webhook())
-        serve = [sys.executable, "-m", "monitor", "serve", "--bundle", str(tiny_bundle)]
+        serve = [sys.executable, "-m", "monitor", "serve", "--bundle", str(bundle), *flags]
         serve += ["--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--audit", audit_url]
-        server = stack.enter_context(process("server", serve, tmp_path))
+        server = stack.enter_context(process("server", serve, folder))
         assert server.stdout is not None
         first_line = server.stdout.readline()
-        assert first_line, (tmp_path / "server.log").read_text(encoding="utf-8")
+        assert first_line, (folder / "server.log").read_text(encoding="utf-8")
         ready = json.loads(first_line)
-        config = write_alertmanager_config(tmp_path, webhook.url)
+        config = write_alertmanager_config(folder, webhook.url)
         stack.enter_context(
             process(
                 "alertmanager",
                 [
                     alertmanager_binary,
                     f"--config.file={config}",
-                    f"--storage.path={tmp_path / 'alertmanager'}",
+                    f"--storage.path={folder / 'alertmanager'}",
                     f"--web.listen-address=127.0.0.1:{alertmanager_port}",
                     "--cluster.listen-address=",
                 ],
-                tmp_path,
+                folder,
             )
         )
         config = write_prometheus_config(
-            tmp_path, ready["ops_listen"], f"127.0.0.1:{alertmanager_port}"
+            folder, ready["ops_listen"], f"127.0.0.1:{alertmanager_port}"
         )
         stack.enter_context(
             process(
@@ -206,13 +221,22 @@ def test_a_risky_request_reaches_the_webhook_with_cluster_and_severity(
                 [
                     prometheus_binary,
                     f"--config.file={config}",
-                    f"--storage.tsdb.path={tmp_path / 'prometheus'}",
+                    f"--storage.tsdb.path={folder / 'prometheus'}",
                     f"--web.listen-address=127.0.0.1:{prometheus.port}",
                 ],
-                tmp_path,
+                folder,
             )
         )
         client = stack.enter_context(MonitorClient(ready["listen"]))
+        yield Watched(server, client, prometheus, webhook, audit_url)
+
+
+@pytest.mark.timeout(600)
+def test_a_risky_request_reaches_the_webhook_with_cluster_and_severity(
+    tiny_bundle: Path, prometheus_binary: Path, alertmanager_binary: Path, tmp_path: Path
+) -> None:
+    with watched(tiny_bundle, prometheus_binary, alertmanager_binary, tmp_path) as all_of_it:
+        client, prometheus, webhook = all_of_it.client, all_of_it.prometheus, all_of_it.webhook
 
         benign = client.score(text="please tell me how to bake bread", timeout=60)
         assert benign.verdict is Verdict.PASS
@@ -233,12 +257,29 @@ def test_a_risky_request_reaches_the_webhook_with_cluster_and_severity(
         assert alert["annotations"]["summary"] == "tiny/gemma3 shows danger"
         assert "#saemonitorriskclusterfiring" in alert["annotations"]["runbook_url"]
 
-        server.terminate()
-        assert server.wait(timeout=60) == 0
+        all_of_it.server.terminate()
+        assert all_of_it.server.wait(timeout=60) == 0
         webhook.wait_for("SaeMonitorDown", scope="job", severity="critical")
 
-    assert verify(audit_url).records == 4  # start, two decisions, stop
-    (record,) = query(audit_url, verdict=Verdict.ALERT)
+    assert verify(all_of_it.audit_url).records == 4  # start, two decisions, stop
+    (record,) = query(all_of_it.audit_url, verdict=Verdict.ALERT)
     assert record["decision_id"] == risky.decision_id
     assert record["sequence"] == risky.sequence
     assert record["alerts"][0]["cluster"] == "danger"
+
+
+@pytest.mark.timeout(600)
+def test_a_head_that_broke_pages_without_any_traffic(
+    tiny_bundle: Path, prometheus_binary: Path, alertmanager_binary: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    canary = {"id": "risky", "text": "attack", "verdict": "alert", "cluster": "danger"}
+    (bundle / "canaries.jsonl").write_text(json.dumps(canary) + "\n")
+    tensors = load_file(bundle / "heads.safetensors")
+    tensors["dense/danger/weight"] = np.zeros_like(tensors["dense/danger/weight"])
+    save_file(tensors, bundle / "heads.safetensors")
+    with watched(bundle, prometheus_binary, alertmanager_binary, tmp_path) as all_of_it:
+        alert = all_of_it.webhook.wait_for("SaeMonitorCanaryFailing", severity="critical")
+        assert alert["labels"]["cluster"] == "danger"
+        all_of_it.webhook.wait_for("SaeMonitorClusterStale", cluster="danger", severity="warning")
+        assert not all_of_it.prometheus.ask("sum(saemonitor_requests_total) > 0")

@@ -144,7 +144,7 @@ def test_a_request_without_input_is_refused(shared_server: Any, client: MonitorC
         (
             [OPEN, OPEN],
             "INVALID_ARGUMENT",
-            "stream message after the first: found open, expected tokens or flush",
+            "stream message after the first: found open, expected one of tokens, flush, end",
         ),
         (
             [OPEN, pb.ScoreStreamRequest(tokens=pb.StreamTokens())],

@@ -23,6 +23,7 @@ SERVICES = (
     "saemonitor.v1.MonitorService",
     "saemonitor.v1.InfoService",
     "saemonitor.v1.RegistryService",
+    "saemonitor.v1.AuditService",
 )
 
 

@@ -165,6 +165,7 @@ def test_a_caller_that_has_only_reflection_can_score(shared_server: Any) -> None
             "saemonitor.v1.MonitorService",
             "saemonitor.v1.InfoService",
             "saemonitor.v1.RegistryService",
+            "saemonitor.v1.AuditService",
             "grpc.health.v1.Health",
         } <= services
         pool = DescriptorPool(database)

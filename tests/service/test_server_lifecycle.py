@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,58 +31,12 @@ from monitor.records import Verdict
 NO_RETRY = RetryPolicy(max_attempts=1)
 
 
-class ServeProcess:
-    """`sae-monitor serve` as an operator runs it."""
-
-    def __init__(self, bundle: Path, folder: Path, *flags: str, **environment: str) -> None:
-        self.audit = f"sqlite:///{folder / 'audit.db'}"
-        self.process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "monitor", "serve", "--bundle", str(bundle)),
-                *("--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"),
-                *("--audit", self.audit, *flags),
-            ],
-            env={**os.environ, **environment},  # noqa: TID251 - the child's, plus what is tested
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def ready(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise AssertionError(self.process.communicate()[1])
-        answer = json.loads(line)
-        assert isinstance(answer, dict)
-        return answer
-
-    def stop(self, number: signal.Signals = signal.SIGTERM) -> tuple[int, str, str]:
-        self.process.send_signal(number)
-        return self.end()
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
-
-
-@contextmanager
-def serving(*args: Any, **environment: str) -> Iterator[ServeProcess]:
-    server = ServeProcess(*args, **environment)
-    try:
-        yield server
-    finally:
-        if server.process.poll() is None:
-            server.process.kill()
-            server.process.communicate()
-
-
 def test_a_process_says_it_is_ready_serves_and_ends_with_0(
-    tiny_bundle: Path, tmp_path: Path
+    serve_process: Any, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "monitor.yaml"
     config.write_text("max_streams: 7\nmax_step_tokens: 99\n")
-    with serving(
+    with serve_process(
         *(tiny_bundle, tmp_path, "--config", str(config), "--grace-seconds", "60"),
         SAEMONITOR_MAX_STREAMS="5",
     ) as server:
@@ -122,9 +71,9 @@ def test_a_process_says_it_is_ready_serves_and_ends_with_0(
 
 
 def test_a_killed_server_has_every_alert_that_it_answered(
-    tiny_bundle: Path, tmp_path: Path
+    serve_process: Any, tiny_bundle: Path, tmp_path: Path
 ) -> None:
-    with serving(tiny_bundle, tmp_path) as server:
+    with serve_process(tiny_bundle, tmp_path) as server:
         ready = server.ready()
         with MonitorClient(ready["listen"], timeout_seconds=60, retry=NO_RETRY) as client:
             answered = [client.score(text="an attack").sequence for _ in range(5)]
@@ -136,7 +85,7 @@ def test_a_killed_server_has_every_alert_that_it_answered(
 
 @pytest.mark.parametrize("case", ["bundle", "port"])
 def test_a_process_that_cannot_start_says_so_in_one_line(
-    tiny_bundle: Path, tmp_path: Path, case: str
+    serve_process: Any, tiny_bundle: Path, tmp_path: Path, case: str
 ) -> None:
     taken = socket.create_server(("127.0.0.1", 0))
     port = taken.getsockname()[1]
@@ -146,7 +95,7 @@ def test_a_process_that_cannot_start_says_so_in_one_line(
         "bundle": "bundle: found no folder",
         "port": f"listen: 127.0.0.1:{port} is in use",
     }[case]
-    with taken, serving(bundle, tmp_path, *flags) as server:
+    with taken, serve_process(bundle, tmp_path, *flags) as server:
         code, out, err = server.end()
     assert code == 2
     assert out == ""
@@ -212,7 +161,7 @@ def test_an_audit_log_that_cannot_be_opened_is_refused(serve: Any, tmp_path: Pat
 
 
 def test_a_key_file_that_cannot_be_read_is_refused(serve: Any, tmp_path: Path) -> None:
-    error = failure(serve, audit_caller_key_file=tmp_path / "no-key")
+    error = failure(serve, audit_hash_key_file=tmp_path / "no-key")
     assert isinstance(error, SettingsError)
     assert "no-key" in str(error)
 

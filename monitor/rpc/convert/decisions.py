@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from monitor.errors import MonitorError
 from monitor.records import (
     Alert,
+    Anomaly,
     Attribution,
     ClusterResult,
     Coverage,
@@ -43,9 +46,17 @@ def decision_to_wire(decision: Decision) -> pb.Decision:
         timings=_timings_to_wire(decision.timings),
         provenance=provenance_to_wire(decision.provenance),
         tokens=_tokens_to_wire(decision.tokens),
+        anomaly=None if decision.anomaly is None else pb.Anomaly(**asdict(decision.anomaly)),
         session_id=decision.session_id,
         sequence=decision.sequence,
     )
+
+
+async def decision_to_wire_aside(decision: Decision) -> pb.Decision:
+    """As `decision_to_wire`, off the event loop where there are per-token logits."""
+    if decision.tokens:
+        return await asyncio.to_thread(decision_to_wire, decision)
+    return decision_to_wire(decision)
 
 
 def decision_from_wire(wire: pb.Decision) -> Decision:
@@ -67,6 +78,7 @@ def decision_from_wire(wire: pb.Decision) -> Decision:
         timings=_timings_from_wire(wire.timings),
         provenance=provenance_from_wire(wire.provenance),
         tokens=_tokens_from_wire(wire.tokens, len(wire.clusters)),
+        anomaly=_anomaly_from_wire(wire.anomaly) if wire.HasField("anomaly") else None,
         session_id=wire.session_id,
         sequence=wire.sequence if wire.HasField("sequence") else None,
     )
@@ -140,6 +152,15 @@ def _overall_from_wire(wire: pb.Overall) -> Overall:
     return Overall(fused=wire.fused, dense=wire.dense, sae=wire.sae)
 
 
+def _anomaly_from_wire(wire: pb.Anomaly) -> Anomaly:
+    return Anomaly(
+        registered_l0=wire.registered_l0 if wire.HasField("registered_l0") else None,
+        distance=wire.distance if wire.HasField("distance") else None,
+        l0=wire.l0 if wire.HasField("l0") else None,
+        fvu=wire.fvu if wire.HasField("fvu") else None,
+    )
+
+
 def _cluster_to_wire(cluster: ClusterResult) -> pb.ClusterResult:
     return pb.ClusterResult(
         cluster=cluster.cluster,
@@ -152,6 +173,7 @@ def _cluster_to_wire(cluster: ClusterResult) -> pb.ClusterResult:
         first_crossing=cluster.first_crossing,
         calibrated=cluster.calibrated,
         benign_p=cluster.benign_p,
+        stale=cluster.stale,
         attribution=(
             None if cluster.attribution is None else _attribution_to_wire(cluster.attribution)
         ),
@@ -170,6 +192,7 @@ def _cluster_from_wire(wire: pb.ClusterResult) -> ClusterResult:
         first_crossing=wire.first_crossing if wire.HasField("first_crossing") else None,
         calibrated=wire.calibrated,
         benign_p=wire.benign_p if wire.HasField("benign_p") else None,
+        stale=wire.stale,
         attribution=(
             _attribution_from_wire(wire.attribution) if wire.HasField("attribution") else None
         ),

@@ -44,12 +44,14 @@ def server_info_to_wire(info: ServerInfo) -> pb.GetServerInfoResponse:
             max_request_tokens=info.limits.max_request_tokens,
             max_queue_tokens=info.limits.max_queue_tokens,
             max_streams=info.limits.max_streams,
+            resume_seconds=info.limits.resume_seconds,
         ),
         policies=info.policies,
         clusters=info.clusters,
         hook_points=info.hook_points,
         vocab_size=info.vocab_size,
         ready=info.ready,
+        stale_clusters=info.stale_clusters,
     )
 
 
@@ -62,12 +64,14 @@ def server_info_from_wire(wire: pb.GetServerInfoResponse) -> ServerInfo:
             max_request_tokens=wire.limits.max_request_tokens,
             max_queue_tokens=wire.limits.max_queue_tokens,
             max_streams=wire.limits.max_streams,
+            resume_seconds=wire.limits.resume_seconds,
         ),
         policies=tuple(wire.policies),
         clusters=tuple(wire.clusters),
         hook_points=tuple(wire.hook_points),
         vocab_size=wire.vocab_size,
         ready=wire.ready,
+        stale_clusters=tuple(wire.stale_clusters),
     )
 
 
@@ -85,6 +89,9 @@ def cluster_info_to_wire(cluster: ClusterInfo) -> pb.ClusterInfo:
                 weight=latent.weight,
                 scale=latent.scale,
                 label=latent.label,
+                baseline_rate=latent.baseline_rate,
+                live_rate=latent.live_rate,
+                drift=latent.drift,
             )
             for latent in cluster.latents
         ],
@@ -94,6 +101,7 @@ def cluster_info_to_wire(cluster: ClusterInfo) -> pb.ClusterInfo:
         alert=cluster.alert,
         clear=cluster.clear,
         calibrated=cluster.calibrated,
+        stale_reasons=cluster.stale_reasons,
     )
 
 
@@ -111,6 +119,9 @@ def cluster_info_from_wire(wire: pb.ClusterInfo) -> ClusterInfo:
                 weight=latent.weight,
                 scale=latent.scale,
                 label=latent.label,
+                baseline_rate=latent.baseline_rate if latent.HasField("baseline_rate") else None,
+                live_rate=latent.live_rate if latent.HasField("live_rate") else None,
+                drift=latent.drift,
             )
             for latent in wire.latents
         ),
@@ -120,4 +131,5 @@ def cluster_info_from_wire(wire: pb.ClusterInfo) -> ClusterInfo:
         alert=wire.alert,
         clear=wire.clear,
         calibrated=wire.calibrated,
+        stale_reasons=tuple(wire.stale_reasons),
     )

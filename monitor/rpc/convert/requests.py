@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from monitor.errors import InvalidRequestError
-from monitor.records import Message, ScoreRequest, Stage, StreamOpen
+from monitor.records import Message, ScoreRequest, Stage, StreamOpen, StreamResume
 from monitor.rpc.convert import enums
 from protos.saemonitor.v1 import monitor_pb2 as pb
 
@@ -22,6 +23,13 @@ class StreamChunk:
     """Tokens sent before this chunk, or characters where text is sent."""
     token_ids: tuple[int, ...] | None = None
     text: str | None = None
+
+
+class StreamSign(Enum):
+    """A message of a stream that has nothing in it."""
+
+    FLUSH = "flush"
+    END = "end"
 
 
 def score_request_to_wire(request: ScoreRequest) -> pb.ScoreRequest:
@@ -92,6 +100,8 @@ def stream_open_to_wire(opening: StreamOpen) -> pb.ScoreStreamRequest:
             want_attribution=opening.want_attribution,
             caller=text_to_wire("caller", opening.caller or ""),
             model=text_to_wire("model", opening.model or ""),
+            resumable=opening.resumable,
+            resume=None if opening.resume is None else _resume_to_wire(opening.resume),
         )
     )
 
@@ -112,6 +122,8 @@ def stream_open_from_wire(wire: pb.ScoreStreamRequest) -> StreamOpen:
         want_attribution=opening.want_attribution,
         caller=opening.caller or None,
         model=opening.model or None,
+        resumable=opening.resumable,
+        resume=_resume_from_wire(opening.resume) if opening.HasField("resume") else None,
     )
 
 
@@ -129,14 +141,16 @@ def stream_chunk_to_wire(chunk: StreamChunk) -> pb.ScoreStreamRequest:
     return pb.ScoreStreamRequest(tokens=tokens)
 
 
-def stream_chunk_from_wire(wire: pb.ScoreStreamRequest) -> StreamChunk | None:
-    """A message after the first; None means flush. A second `open` is InvalidRequestError."""
+def stream_chunk_from_wire(wire: pb.ScoreStreamRequest) -> StreamChunk | StreamSign:
+    """A message after the first. A second `open` is InvalidRequestError."""
     kind = wire.WhichOneof("message")
     if kind == "flush":
-        return None
+        return StreamSign.FLUSH
+    if kind == "end":
+        return StreamSign.END
     if kind != "tokens":
         raise InvalidRequestError(
-            "stream message after the first", kind or "none", "tokens or flush"
+            "stream message after the first", kind or "none", "one of tokens, flush, end"
         )
     content = wire.tokens.WhichOneof("content")
     if content is None:
@@ -145,6 +159,22 @@ def stream_chunk_from_wire(wire: pb.ScoreStreamRequest) -> StreamChunk | None:
         start_index=wire.tokens.start_index,
         token_ids=tuple(wire.tokens.token_ids.ids) if content == "token_ids" else None,
         text=wire.tokens.text if content == "text" else None,
+    )
+
+
+def _resume_to_wire(resume: StreamResume) -> pb.StreamResume:
+    return pb.StreamResume(
+        start_index=resume.start_index,
+        processed_index=resume.processed_index,
+        n_alerts=resume.n_alerts,
+    )
+
+
+def _resume_from_wire(wire: pb.StreamResume) -> StreamResume:
+    return StreamResume(
+        start_index=wire.start_index,
+        processed_index=wire.processed_index,
+        n_alerts=wire.n_alerts,
     )
 
 
@@ -177,9 +207,9 @@ def text_to_wire(field: str, text: str) -> str:
 
 def token_ids_to_wire(field: str, token_ids: Sequence[int]) -> Sequence[int]:
     """The ids; InvalidRequestError where one is beyond the wire's own bound."""
-    for index, token_id in enumerate(token_ids):
-        if not 0 <= token_id <= MAX_TOKEN_ID:
-            raise InvalidRequestError(
-                f"{field}[{index}]", str(token_id), f"an id from 0 to {MAX_TOKEN_ID}"
-            )
-    return token_ids
+    if len(token_ids) == 0 or (min(token_ids) >= 0 and max(token_ids) <= MAX_TOKEN_ID):
+        return token_ids
+    index, token_id = next(
+        (i, token_id) for i, token_id in enumerate(token_ids) if not 0 <= token_id <= MAX_TOKEN_ID
+    )
+    raise InvalidRequestError(f"{field}[{index}]", str(token_id), f"an id from 0 to {MAX_TOKEN_ID}")

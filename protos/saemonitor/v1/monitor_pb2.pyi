@@ -409,6 +409,7 @@ class ScoreStreamRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     FLUSH_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___StreamOpen:
         """What the tokens that follow are."""
@@ -421,18 +422,25 @@ class ScoreStreamRequest(_message.Message):
     def flush(self) -> Global___StreamFlush:
         """Score and report at once what was sent so far."""
 
+    @_builtins.property
+    def end(self) -> Global___StreamEnd:
+        """There are no more; nothing may follow. Where the messages of a resumable stream end without
+        it, the call has broken off. For other streams the end of the messages says the same.
+        """
+
     def __init__(
         self,
         *,
         open: Global___StreamOpen | None = ...,
         tokens: Global___StreamTokens | None = ...,
         flush: Global___StreamFlush | None = ...,
+        end: Global___StreamEnd | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["flush", b"flush", "message", b"message", "open", b"open", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "flush", b"flush", "message", b"message", "open", b"open", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["flush", b"flush", "message", b"message", "open", b"open", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "flush", b"flush", "message", b"message", "open", b"open", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "tokens", "flush"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["open", "tokens", "flush", "end"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -497,6 +505,8 @@ class StreamOpen(_message.Message):
     WANT_ATTRIBUTION_FIELD_NUMBER: _builtins.int
     CALLER_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The caller's name for the stream, echoed in replies; empty lets the server choose."""
     stage: Global___Stage.ValueType
@@ -513,9 +523,22 @@ class StreamOpen(_message.Message):
     """Who calls, free text; hashed before it is stored."""
     model: _builtins.str
     """Id of the served model; empty means the one that is served, another is NOT_FOUND."""
+    resumable: _builtins.bool
+    """Keep the stream when its call breaks off or is cancelled, for the server's `resume_seconds`
+    (see ServerLimits), so that it can be reopened. Until then no other resumable stream may have
+    its `session_id`. Otherwise the end of the call is the end of the stream.
+    """
     @_builtins.property
     def context_messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """Turns that precede the stream; scored in their own stages before the first token."""
+
+    @_builtins.property
+    def resume(self) -> Global___StreamResume:
+        """Reopens the resumable stream `session_id` of the same `caller` as if it had never broken off,
+        and ends the call that holds it, if there is one; of the other fields only `model` is read.
+        NOT_FOUND with the reason STREAM_NOT_FOUND where this server has no such stream: open it
+        without `resume` and send everything from index 0.
+        """
 
     def __init__(
         self,
@@ -529,14 +552,50 @@ class StreamOpen(_message.Message):
         want_attribution: _builtins.bool = ...,
         caller: _builtins.str = ...,
         model: _builtins.str = ...,
+        resumable: _builtins.bool = ...,
+        resume: Global___StreamResume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "context_messages", b"context_messages", "model", b"model", "policy", b"policy", "session_id", b"session_id", "stage", b"stage", "tokenizer_fingerprint", b"tokenizer_fingerprint", "want_attribution", b"want_attribution", "want_tokens", b"want_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "context_messages", b"context_messages", "model", b"model", "policy", b"policy", "resumable", b"resumable", "resume", b"resume", "session_id", b"session_id", "stage", b"stage", "tokenizer_fingerprint", b"tokenizer_fingerprint", "want_attribution", b"want_attribution", "want_tokens", b"want_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamOpen: _TypeAlias = StreamOpen  # noqa: Y015
+
+@_typing.final
+class StreamResume(_message.Message):
+    """Where the caller of a broken stream stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_INDEX_FIELD_NUMBER: _builtins.int
+    PROCESSED_INDEX_FIELD_NUMBER: _builtins.int
+    N_ALERTS_FIELD_NUMBER: _builtins.int
+    start_index: _builtins.int
+    """The lowest `start_index` from which the caller can send again; OUT_OF_RANGE where the server
+    has received less. `opened.next_index` tells from where it has to.
+    """
+    processed_index: _builtins.int
+    """`processed_index` of the last reply that arrived, 0 where none did: the next reply speaks of
+    everything from there on.
+    """
+    n_alerts: _builtins.int
+    """How many alerts arrived in replies: the next reply brings those beyond."""
+    def __init__(
+        self,
+        *,
+        start_index: _builtins.int = ...,
+        processed_index: _builtins.int = ...,
+        n_alerts: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["n_alerts", b"n_alerts", "processed_index", b"processed_index", "start_index", b"start_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamResume: _TypeAlias = StreamResume  # noqa: Y015
 
 @_typing.final
 class StreamTokens(_message.Message):
@@ -592,22 +651,43 @@ class StreamFlush(_message.Message):
 Global___StreamFlush: _TypeAlias = StreamFlush  # noqa: Y015
 
 @_typing.final
+class StreamEnd(_message.Message):
+    """Ends the input; the summary follows."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamEnd: _TypeAlias = StreamEnd  # noqa: Y015
+
+@_typing.final
 class StreamOpened(_message.Message):
     """The stream is open."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    NEXT_INDEX_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     """The stream's name: the caller's, or the server's choice."""
+    next_index: _builtins.int
+    """`start_index` of the tokens to send next: 0 for a new stream, else what has been received."""
     def __init__(
         self,
         *,
         session_id: _builtins.str = ...,
+        next_index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_index", b"next_index", "session_id", b"session_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -953,6 +1033,7 @@ class Decision(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
+    ANOMALY_FIELD_NUMBER: _builtins.int
     decision_id: _builtins.str
     """Unique; the same in the audit log, metrics exemplars and operational logs."""
     verdict: Global___Verdict.ValueType
@@ -999,6 +1080,10 @@ class Decision(_message.Message):
     def tokens(self) -> Global___TokenScores:
         """Per-token logits, if asked for."""
 
+    @_builtins.property
+    def anomaly(self) -> Global___Anomaly:
+        """How unusual the text is; absent without a calibration baseline."""
+
     def __init__(
         self,
         *,
@@ -1017,16 +1102,68 @@ class Decision(_message.Message):
         tokens: Global___TokenScores | None = ...,
         session_id: _builtins.str = ...,
         sequence: _builtins.int | None = ...,
+        anomaly: Global___Anomaly | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "coverage", b"coverage", "overall", b"overall", "provenance", b"provenance", "sequence", b"sequence", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "anomaly", b"anomaly", "coverage", b"coverage", "overall", b"overall", "provenance", b"provenance", "sequence", b"sequence", "timings", b"timings", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "action", b"action", "alerts", b"alerts", "clusters", b"clusters", "coverage", b"coverage", "decision_id", b"decision_id", "mode", b"mode", "overall", b"overall", "policy", b"policy", "provenance", b"provenance", "rules", b"rules", "sequence", b"sequence", "session_id", b"session_id", "timings", b"timings", "tokens", b"tokens", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sequence", b"_sequence", "action", b"action", "alerts", b"alerts", "anomaly", b"anomaly", "clusters", b"clusters", "coverage", b"coverage", "decision_id", b"decision_id", "mode", b"mode", "overall", b"overall", "policy", b"policy", "provenance", b"provenance", "rules", b"rules", "sequence", b"sequence", "session_id", b"session_id", "timings", b"timings", "tokens", b"tokens", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sequence: _TypeAlias = _typing.Literal["sequence"]  # noqa: Y015
     _WhichOneofArgType__sequence: _TypeAlias = _typing.Literal["_sequence", b"_sequence"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sequence) -> _WhichOneofReturnType__sequence | None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Anomaly(_message.Message):
+    """How unusual a text is for the SAEs, in spreads above the mean of benign calibration texts of its
+    length. Informational: no verdict depends on it. Absent where not measured.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGISTERED_L0_FIELD_NUMBER: _builtins.int
+    DISTANCE_FIELD_NUMBER: _builtins.int
+    L0_FIELD_NUMBER: _builtins.int
+    FVU_FIELD_NUMBER: _builtins.int
+    registered_l0: _builtins.float
+    """Active registered latents a token."""
+    distance: _builtins.float
+    """Distance of the registered latents' mean activations from those of benign texts."""
+    l0: _builtins.float
+    """Active latents of the whole SAE a token; only of the share of texts that is sampled."""
+    fvu: _builtins.float
+    """Fraction of variance unexplained; likewise."""
+    def __init__(
+        self,
+        *,
+        registered_l0: _builtins.float | None = ...,
+        distance: _builtins.float | None = ...,
+        l0: _builtins.float | None = ...,
+        fvu: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_distance", b"_distance", "_fvu", b"_fvu", "_l0", b"_l0", "_registered_l0", b"_registered_l0", "distance", b"distance", "fvu", b"fvu", "l0", b"l0", "registered_l0", b"registered_l0"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_distance", b"_distance", "_fvu", b"_fvu", "_l0", b"_l0", "_registered_l0", b"_registered_l0", "distance", b"distance", "fvu", b"fvu", "l0", b"l0", "registered_l0", b"registered_l0"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__distance: _TypeAlias = _typing.Literal["distance"]  # noqa: Y015
+    _WhichOneofArgType__distance: _TypeAlias = _typing.Literal["_distance", b"_distance"]  # noqa: Y015
+    _WhichOneofReturnType__fvu: _TypeAlias = _typing.Literal["fvu"]  # noqa: Y015
+    _WhichOneofArgType__fvu: _TypeAlias = _typing.Literal["_fvu", b"_fvu"]  # noqa: Y015
+    _WhichOneofReturnType__l0: _TypeAlias = _typing.Literal["l0"]  # noqa: Y015
+    _WhichOneofArgType__l0: _TypeAlias = _typing.Literal["_l0", b"_l0"]  # noqa: Y015
+    _WhichOneofReturnType__registered_l0: _TypeAlias = _typing.Literal["registered_l0"]  # noqa: Y015
+    _WhichOneofArgType__registered_l0: _TypeAlias = _typing.Literal["_registered_l0", b"_registered_l0"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__distance) -> _WhichOneofReturnType__distance | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fvu) -> _WhichOneofReturnType__fvu | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__l0) -> _WhichOneofReturnType__l0 | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__registered_l0) -> _WhichOneofReturnType__registered_l0 | None: ...
+
+Global___Anomaly: _TypeAlias = Anomaly  # noqa: Y015
 
 @_typing.final
 class Overall(_message.Message):
@@ -1077,6 +1214,7 @@ class ClusterResult(_message.Message):
     CALIBRATED_FIELD_NUMBER: _builtins.int
     BENIGN_P_FIELD_NUMBER: _builtins.int
     ATTRIBUTION_FIELD_NUMBER: _builtins.int
+    STALE_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """Cluster id."""
     fused: _builtins.float
@@ -1099,6 +1237,10 @@ class ClusterResult(_message.Message):
     """Share (0 to 1) of benign calibration texts that score at least this high; absent without
     calibration.
     """
+    stale: _builtins.bool
+    """True where the cluster has left the bounds of its canaries or of its calibration; it keeps
+    scoring, and GetCluster says why.
+    """
     @_builtins.property
     def attribution(self) -> Global___Attribution:
         """The terms of the fused score, if asked for."""
@@ -1117,10 +1259,11 @@ class ClusterResult(_message.Message):
         calibrated: _builtins.bool = ...,
         benign_p: _builtins.float | None = ...,
         attribution: Global___Attribution | None = ...,
+        stale: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_benign_p", b"_benign_p", "_first_crossing", b"_first_crossing", "attribution", b"attribution", "benign_p", b"benign_p", "first_crossing", b"first_crossing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_benign_p", b"_benign_p", "_first_crossing", b"_first_crossing", "attribution", b"attribution", "benign_p", b"benign_p", "calibrated", b"calibrated", "cluster", b"cluster", "dense", b"dense", "first_crossing", b"first_crossing", "fused", b"fused", "sae", b"sae", "severity", b"severity", "stage", b"stage", "verdict", b"verdict"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_benign_p", b"_benign_p", "_first_crossing", b"_first_crossing", "attribution", b"attribution", "benign_p", b"benign_p", "calibrated", b"calibrated", "cluster", b"cluster", "dense", b"dense", "first_crossing", b"first_crossing", "fused", b"fused", "sae", b"sae", "severity", b"severity", "stage", b"stage", "stale", b"stale", "verdict", b"verdict"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__benign_p: _TypeAlias = _typing.Literal["benign_p"]  # noqa: Y015
     _WhichOneofArgType__benign_p: _TypeAlias = _typing.Literal["_benign_p", b"_benign_p"]  # noqa: Y015
@@ -1536,6 +1679,7 @@ class GetServerInfoResponse(_message.Message):
     HOOK_POINTS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    STALE_CLUSTERS_FIELD_NUMBER: _builtins.int
     vocab_size: _builtins.int
     """Size of the model's vocabulary; token ids are below it."""
     ready: _builtins.bool
@@ -1560,6 +1704,10 @@ class GetServerInfoResponse(_message.Message):
     def hook_points(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Where the residual stream is read."""
 
+    @_builtins.property
+    def stale_clusters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of the clusters that have left their bounds."""
+
     def __init__(
         self,
         *,
@@ -1570,10 +1718,11 @@ class GetServerInfoResponse(_message.Message):
         hook_points: _abc.Iterable[_builtins.str] | None = ...,
         vocab_size: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        stale_clusters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "hook_points", b"hook_points", "limits", b"limits", "policies", b"policies", "provenance", b"provenance", "ready", b"ready", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clusters", b"clusters", "hook_points", b"hook_points", "limits", b"limits", "policies", b"policies", "provenance", b"provenance", "ready", b"ready", "stale_clusters", b"stale_clusters", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1589,6 +1738,7 @@ class ServerLimits(_message.Message):
     MAX_REQUEST_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_QUEUE_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_STREAMS_FIELD_NUMBER: _builtins.int
+    RESUME_SECONDS_FIELD_NUMBER: _builtins.int
     max_message_bytes: _builtins.int
     """Bytes of one message."""
     max_request_tokens: _builtins.int
@@ -1597,6 +1747,8 @@ class ServerLimits(_message.Message):
     """Tokens that may wait for the engine, all requests together."""
     max_streams: _builtins.int
     """Streams open at the same time."""
+    resume_seconds: _builtins.float
+    """How long a resumable stream waits to be reopened; 0 where none is kept."""
     def __init__(
         self,
         *,
@@ -1604,10 +1756,11 @@ class ServerLimits(_message.Message):
         max_request_tokens: _builtins.int = ...,
         max_queue_tokens: _builtins.int = ...,
         max_streams: _builtins.int = ...,
+        resume_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_request_tokens", b"max_request_tokens", "max_streams", b"max_streams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_message_bytes", b"max_message_bytes", "max_queue_tokens", b"max_queue_tokens", "max_request_tokens", b"max_request_tokens", "max_streams", b"max_streams", "resume_seconds", b"resume_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1717,6 +1870,7 @@ class ClusterInfo(_message.Message):
     ALERT_FIELD_NUMBER: _builtins.int
     CLEAR_FIELD_NUMBER: _builtins.int
     CALIBRATED_FIELD_NUMBER: _builtins.int
+    STALE_REASONS_FIELD_NUMBER: _builtins.int
     cluster: _builtins.str
     """Cluster id."""
     title: _builtins.str
@@ -1743,6 +1897,10 @@ class ClusterInfo(_message.Message):
     def latents(self) -> _containers.RepeatedCompositeFieldContainer[Global___LatentInfo]:
         """The latents that it sums."""
 
+    @_builtins.property
+    def stale_reasons(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why it has left the bounds of its canaries or of its calibration; none where it has not."""
+
     def __init__(
         self,
         *,
@@ -1757,10 +1915,11 @@ class ClusterInfo(_message.Message):
         alert: _builtins.float = ...,
         clear: _builtins.float = ...,
         calibrated: _builtins.bool = ...,
+        stale_reasons: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "alert", b"alert", "calibrated", b"calibrated", "clear", b"clear", "cluster", b"cluster", "flag", b"flag", "has_dense_head", b"has_dense_head", "latents", b"latents", "severity", b"severity", "stages", b"stages", "title", b"title"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregate", b"aggregate", "alert", b"alert", "calibrated", b"calibrated", "clear", b"clear", "cluster", b"cluster", "flag", b"flag", "has_dense_head", b"has_dense_head", "latents", b"latents", "severity", b"severity", "stages", b"stages", "stale_reasons", b"stale_reasons", "title", b"title"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1777,6 +1936,9 @@ class LatentInfo(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
     LABEL_FIELD_NUMBER: _builtins.int
+    BASELINE_RATE_FIELD_NUMBER: _builtins.int
+    DRIFT_FIELD_NUMBER: _builtins.int
+    LIVE_RATE_FIELD_NUMBER: _builtins.int
     sae: _builtins.str
     """Id of the SAE."""
     latent_id: _builtins.int
@@ -1787,6 +1949,14 @@ class LatentInfo(_message.Message):
     """Activation that counts as 1."""
     label: _builtins.str
     """The meaning it was registered with."""
+    baseline_rate: _builtins.float
+    """Share of benign calibration tokens on which it fires; absent without a baseline."""
+    drift: _builtins.int
+    """1 where it fires more than twice as often in the last window of traffic, -1 less than half as
+    often, else 0.
+    """
+    live_rate: _builtins.float
+    """Share of tokens of the last window of traffic on which it fires; absent before the first."""
     def __init__(
         self,
         *,
@@ -1795,11 +1965,316 @@ class LatentInfo(_message.Message):
         weight: _builtins.float = ...,
         scale: _builtins.float = ...,
         label: _builtins.str = ...,
+        baseline_rate: _builtins.float | None = ...,
+        drift: _builtins.int = ...,
+        live_rate: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_baseline_rate", b"_baseline_rate", "_live_rate", b"_live_rate", "baseline_rate", b"baseline_rate", "live_rate", b"live_rate"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_baseline_rate", b"_baseline_rate", "_live_rate", b"_live_rate", "baseline_rate", b"baseline_rate", "drift", b"drift", "label", b"label", "latent_id", b"latent_id", "live_rate", b"live_rate", "sae", b"sae", "scale", b"scale", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__baseline_rate: _TypeAlias = _typing.Literal["baseline_rate"]  # noqa: Y015
+    _WhichOneofArgType__baseline_rate: _TypeAlias = _typing.Literal["_baseline_rate", b"_baseline_rate"]  # noqa: Y015
+    _WhichOneofReturnType__live_rate: _TypeAlias = _typing.Literal["live_rate"]  # noqa: Y015
+    _WhichOneofArgType__live_rate: _TypeAlias = _typing.Literal["_live_rate", b"_live_rate"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline_rate) -> _WhichOneofReturnType__baseline_rate | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__live_rate) -> _WhichOneofReturnType__live_rate | None: ...
+
+Global___LatentInfo: _TypeAlias = LatentInfo  # noqa: Y015
+
+@_typing.final
+class AuditRecord(_message.Message):
+    """One record of the audit log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    BODY_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    PREV_HASH_FIELD_NUMBER: _builtins.int
+    TRACE_FIELD_NUMBER: _builtins.int
+    chain: _builtins.str
+    """Name of its chain."""
+    sequence: _builtins.int
+    """Place in the chain, from 1."""
+    body: _builtins.str
+    """The record: RFC 8785 canonical JSON, the bytes that `hash` is over."""
+    hash: _builtins.str
+    """Hash of the record and, through `prev_hash`, of all before it; hexadecimal."""
+    prev_hash: _builtins.str
+    """Hash of the record before; hexadecimal."""
+    trace: _builtins.bytes
+    """Every token's scores, in the layout of monitor/audit_log/trace.py; only in GetRecord, and empty
+    where the level keeps none.
+    """
+    def __init__(
+        self,
+        *,
+        chain: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        body: _builtins.str = ...,
+        hash: _builtins.str = ...,
+        prev_hash: _builtins.str = ...,
+        trace: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["label", b"label", "latent_id", b"latent_id", "sae", b"sae", "scale", b"scale", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "chain", b"chain", "hash", b"hash", "prev_hash", b"prev_hash", "sequence", b"sequence", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___LatentInfo: _TypeAlias = LatentInfo  # noqa: Y015
+Global___AuditRecord: _TypeAlias = AuditRecord  # noqa: Y015
+
+@_typing.final
+class GetRecordRequest(_message.Message):
+    """Asks for one decision's record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECISION_ID_FIELD_NUMBER: _builtins.int
+    decision_id: _builtins.str
+    """The decision's id."""
+    def __init__(
+        self,
+        *,
+        decision_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decision_id", b"decision_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRecordRequest: _TypeAlias = GetRecordRequest  # noqa: Y015
+
+@_typing.final
+class GetRecordResponse(_message.Message):
+    """One decision's record."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___AuditRecord:
+        """As it is stored; not verified."""
+
+    def __init__(
+        self,
+        *,
+        record: Global___AuditRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRecordResponse: _TypeAlias = GetRecordResponse  # noqa: Y015
+
+@_typing.final
+class QueryRecordsRequest(_message.Message):
+    """Which decisions; what is not set does not matter."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SEVERITY_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    CALLER_HMAC_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    NEWEST_FIRST_FIELD_NUMBER: _builtins.int
+    verdict: Global___Verdict.ValueType
+    """Only this verdict."""
+    severity: Global___Severity.ValueType
+    """Only where this is the gravest severity that flagged or alerted."""
+    cluster: _builtins.str
+    """Only where this cluster flagged or alerted."""
+    caller_hmac: _builtins.str
+    """Only of this caller, as a keyed hash in hexadecimal."""
+    since: _builtins.float
+    """Only at or after this Unix time, seconds."""
+    until: _builtins.float
+    """Only before this Unix time, seconds."""
+    limit: _builtins.int
+    """At most so many; 0 is all."""
+    newest_first: _builtins.bool
+    """From the end."""
+    def __init__(
+        self,
+        *,
+        verdict: Global___Verdict.ValueType = ...,
+        severity: Global___Severity.ValueType = ...,
+        cluster: _builtins.str = ...,
+        caller_hmac: _builtins.str = ...,
+        since: _builtins.float | None = ...,
+        until: _builtins.float | None = ...,
+        limit: _builtins.int = ...,
+        newest_first: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "_until", b"_until", "since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_since", b"_since", "_until", b"_until", "caller_hmac", b"caller_hmac", "cluster", b"cluster", "limit", b"limit", "newest_first", b"newest_first", "severity", b"severity", "since", b"since", "until", b"until", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__since: _TypeAlias = _typing.Literal["since"]  # noqa: Y015
+    _WhichOneofArgType__since: _TypeAlias = _typing.Literal["_since", b"_since"]  # noqa: Y015
+    _WhichOneofReturnType__until: _TypeAlias = _typing.Literal["until"]  # noqa: Y015
+    _WhichOneofArgType__until: _TypeAlias = _typing.Literal["_until", b"_until"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__since) -> _WhichOneofReturnType__since | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__until) -> _WhichOneofReturnType__until | None: ...
+
+Global___QueryRecordsRequest: _TypeAlias = QueryRecordsRequest  # noqa: Y015
+
+@_typing.final
+class QueryRecordsResponse(_message.Message):
+    """One record that matches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___AuditRecord:
+        """As it is stored; not verified."""
+
+    def __init__(
+        self,
+        *,
+        record: Global___AuditRecord | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryRecordsResponse: _TypeAlias = QueryRecordsResponse  # noqa: Y015
+
+@_typing.final
+class GetCheckpointRequest(_message.Message):
+    """Asks for a chain's last checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_FIELD_NUMBER: _builtins.int
+    chain: _builtins.str
+    """Name of the chain; empty is the server's own."""
+    def __init__(
+        self,
+        *,
+        chain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCheckpointRequest: _TypeAlias = GetCheckpointRequest  # noqa: Y015
+
+@_typing.final
+class GetCheckpointResponse(_message.Message):
+    """A chain's last checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    chain: _builtins.str
+    """Name of the chain."""
+    sequence: _builtins.int
+    """The records 1 to this one are covered."""
+    root: _builtins.str
+    """Merkle root over them (RFC 6962), hexadecimal."""
+    checkpoint: _builtins.str
+    """The statement: RFC 8785 canonical JSON, the bytes that `signature` is over behind a prefix."""
+    signature: _builtins.str
+    """Ed25519, hexadecimal; empty where nothing signs."""
+    def __init__(
+        self,
+        *,
+        chain: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        root: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        signature: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "checkpoint", b"checkpoint", "root", b"root", "sequence", b"sequence", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetCheckpointResponse: _TypeAlias = GetCheckpointResponse  # noqa: Y015
+
+@_typing.final
+class VerifyRangeRequest(_message.Message):
+    """Asks for part of a chain to be verified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHAIN_FIELD_NUMBER: _builtins.int
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    chain: _builtins.str
+    """Name of the chain; empty is the server's own."""
+    first_sequence: _builtins.int
+    """First record; 0 is the first that is stored."""
+    last_sequence: _builtins.int
+    """Last record; 0 is the last that is stored."""
+    def __init__(
+        self,
+        *,
+        chain: _builtins.str = ...,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chain", b"chain", "first_sequence", b"first_sequence", "last_sequence", b"last_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRangeRequest: _TypeAlias = VerifyRangeRequest  # noqa: Y015
+
+@_typing.final
+class VerifyRangeResponse(_message.Message):
+    """A part that holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    HEAD_HASH_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    first_sequence: _builtins.int
+    """First record that was verified, at or before the one asked for."""
+    last_sequence: _builtins.int
+    """Last record that was verified."""
+    head_hash: _builtins.str
+    """Hash of the last one, hexadecimal."""
+    checkpoints: _builtins.int
+    """Checkpoints met on the way, all of which hold."""
+    def __init__(
+        self,
+        *,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+        head_hash: _builtins.str = ...,
+        checkpoints: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "first_sequence", b"first_sequence", "head_hash", b"head_hash", "last_sequence", b"last_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___VerifyRangeResponse: _TypeAlias = VerifyRangeResponse  # noqa: Y015

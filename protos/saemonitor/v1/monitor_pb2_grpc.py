@@ -67,7 +67,8 @@ class MonitorServiceServicer:
         """Scores tokens as they are generated. The first message is `open`; then any number of `tokens`
         and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
         tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
-        A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+        A server that drains sends the `summary` and then ends the stream with UNAVAILABLE. A stream
+        that is `resumable` outlives a call that breaks off, and can be reopened by its `session_id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -380,6 +381,218 @@ class RegistryService:
             '/saemonitor.v1.RegistryService/GetCluster',
             protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetClusterRequest.SerializeToString,
             protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class AuditServiceStub:
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.GetRecord = channel.unary_unary(
+                '/saemonitor.v1.AuditService/GetRecord',
+                request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordRequest.SerializeToString,
+                response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordResponse.FromString,
+                _registered_method=True)
+        self.QueryRecords = channel.unary_stream(
+                '/saemonitor.v1.AuditService/QueryRecords',
+                request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsRequest.SerializeToString,
+                response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsResponse.FromString,
+                _registered_method=True)
+        self.GetCheckpoint = channel.unary_unary(
+                '/saemonitor.v1.AuditService/GetCheckpoint',
+                request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointRequest.SerializeToString,
+                response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointResponse.FromString,
+                _registered_method=True)
+        self.VerifyRange = channel.unary_unary(
+                '/saemonitor.v1.AuditService/VerifyRange',
+                request_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeRequest.SerializeToString,
+                response_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeResponse.FromString,
+                _registered_method=True)
+
+
+class AuditServiceServicer:
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    def GetRecord(self, request, context):
+        """One decision's record; NOT_FOUND when there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def QueryRecords(self, request, context):
+        """Every record that matches, in order of time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetCheckpoint(self, request, context):
+        """The last checkpoint of a chain, to be kept where nobody can edit it; NOT_FOUND before the first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyRange(self, request, context):
+        """Verifies part of a chain, from the checkpoint before it on; DATA_LOSS names the first record
+        that does not hold.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_AuditServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'GetRecord': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRecord,
+                    request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordRequest.FromString,
+                    response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordResponse.SerializeToString,
+            ),
+            'QueryRecords': grpc.unary_stream_rpc_method_handler(
+                    servicer.QueryRecords,
+                    request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsRequest.FromString,
+                    response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsResponse.SerializeToString,
+            ),
+            'GetCheckpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCheckpoint,
+                    request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointRequest.FromString,
+                    response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointResponse.SerializeToString,
+            ),
+            'VerifyRange': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyRange,
+                    request_deserializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeRequest.FromString,
+                    response_serializer=protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'saemonitor.v1.AuditService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('saemonitor.v1.AuditService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class AuditService:
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    @staticmethod
+    def GetRecord(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saemonitor.v1.AuditService/GetRecord',
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordRequest.SerializeToString,
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetRecordResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryRecords(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/saemonitor.v1.AuditService/QueryRecords',
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsRequest.SerializeToString,
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.QueryRecordsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetCheckpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saemonitor.v1.AuditService/GetCheckpoint',
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointRequest.SerializeToString,
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.GetCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyRange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/saemonitor.v1.AuditService/VerifyRange',
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeRequest.SerializeToString,
+            protos_dot_saemonitor_dot_v1_dot_monitor__pb2.VerifyRangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -50,7 +50,8 @@ class MonitorServiceStub:
     """Scores tokens as they are generated. The first message is `open`; then any number of `tokens`
     and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
     tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
-    A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+    A server that drains sends the `summary` and then ends the stream with UNAVAILABLE. A stream
+    that is `resumable` outlives a call that breaks off, and can be reopened by its `session_id`.
     """
     ScoreActivations: _grpc.StreamUnaryMultiCallable[_monitor_pb2.ScoreActivationsRequest, _monitor_pb2.ScoreActivationsResponse]
     """Scores one request whole from activations that the caller's own forward pass made: no forward
@@ -70,7 +71,8 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     """Scores tokens as they are generated. The first message is `open`; then any number of `tokens`
     and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
     tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
-    A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+    A server that drains sends the `summary` and then ends the stream with UNAVAILABLE. A stream
+    that is `resumable` outlives a call that breaks off, and can be reopened by its `session_id`.
     """
     ScoreActivations: _aio.StreamUnaryMultiCallable[_monitor_pb2.ScoreActivationsRequest, _monitor_pb2.ScoreActivationsResponse]  # type: ignore[assignment]
     """Scores one request whole from activations that the caller's own forward pass made: no forward
@@ -99,7 +101,8 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Scores tokens as they are generated. The first message is `open`; then any number of `tokens`
         and `flush`; closing the sending side ends the stream and brings the `summary`. Send several
         tokens a message: replies are coalesced too. Overload is a `gap`, never the end of the stream.
-        A server that drains sends the `summary` and then ends the stream with UNAVAILABLE.
+        A server that drains sends the `summary` and then ends the stream with UNAVAILABLE. A stream
+        that is `resumable` outlives a call that breaks off, and can be reopened by its `session_id`.
         """
 
     @_abc_1.abstractmethod
@@ -189,3 +192,82 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         """One cluster; NOT_FOUND when it is not registered."""
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class AuditServiceStub:
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
+    GetRecord: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.GetRecordRequest, _monitor_pb2.GetRecordResponse]
+    """One decision's record; NOT_FOUND when there is none."""
+    QueryRecords: _grpc.UnaryStreamMultiCallable[_monitor_pb2.QueryRecordsRequest, _monitor_pb2.QueryRecordsResponse]
+    """Every record that matches, in order of time."""
+    GetCheckpoint: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.GetCheckpointRequest, _monitor_pb2.GetCheckpointResponse]
+    """The last checkpoint of a chain, to be kept where nobody can edit it; NOT_FOUND before the first."""
+    VerifyRange: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.VerifyRangeRequest, _monitor_pb2.VerifyRangeResponse]
+    """Verifies part of a chain, from the checkpoint before it on; DATA_LOSS names the first record
+    that does not hold.
+    """
+
+@_typing.type_check_only
+class AuditServiceAsyncStub(AuditServiceStub):
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    GetRecord: _aio.UnaryUnaryMultiCallable[_monitor_pb2.GetRecordRequest, _monitor_pb2.GetRecordResponse]  # type: ignore[assignment]
+    """One decision's record; NOT_FOUND when there is none."""
+    QueryRecords: _aio.UnaryStreamMultiCallable[_monitor_pb2.QueryRecordsRequest, _monitor_pb2.QueryRecordsResponse]  # type: ignore[assignment]
+    """Every record that matches, in order of time."""
+    GetCheckpoint: _aio.UnaryUnaryMultiCallable[_monitor_pb2.GetCheckpointRequest, _monitor_pb2.GetCheckpointResponse]  # type: ignore[assignment]
+    """The last checkpoint of a chain, to be kept where nobody can edit it; NOT_FOUND before the first."""
+    VerifyRange: _aio.UnaryUnaryMultiCallable[_monitor_pb2.VerifyRangeRequest, _monitor_pb2.VerifyRangeResponse]  # type: ignore[assignment]
+    """Verifies part of a chain, from the checkpoint before it on; DATA_LOSS names the first record
+    that does not hold.
+    """
+
+class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Reads the audit log. Served only to this machine unless the operator says otherwise; what is
+    sealed never leaves this way. NOT_FOUND where no log is kept or it is not served.
+    """
+
+    @_abc_1.abstractmethod
+    def GetRecord(
+        self,
+        request: _monitor_pb2.GetRecordRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.GetRecordResponse, _abc.Awaitable[_monitor_pb2.GetRecordResponse]]:
+        """One decision's record; NOT_FOUND when there is none."""
+
+    @_abc_1.abstractmethod
+    def QueryRecords(
+        self,
+        request: _monitor_pb2.QueryRecordsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_monitor_pb2.QueryRecordsResponse], _abc.AsyncIterator[_monitor_pb2.QueryRecordsResponse]]:
+        """Every record that matches, in order of time."""
+
+    @_abc_1.abstractmethod
+    def GetCheckpoint(
+        self,
+        request: _monitor_pb2.GetCheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.GetCheckpointResponse, _abc.Awaitable[_monitor_pb2.GetCheckpointResponse]]:
+        """The last checkpoint of a chain, to be kept where nobody can edit it; NOT_FOUND before the first."""
+
+    @_abc_1.abstractmethod
+    def VerifyRange(
+        self,
+        request: _monitor_pb2.VerifyRangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.VerifyRangeResponse, _abc.Awaitable[_monitor_pb2.VerifyRangeResponse]]:
+        """Verifies part of a chain, from the checkpoint before it on; DATA_LOSS names the first record
+        that does not hold.
+        """
+
+def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

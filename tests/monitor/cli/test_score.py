@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from monitor.cli.app import app
 from monitor.cli.score import read_rows
 from monitor.errors import InvalidRequestError
-from monitor.records import ScoreRequest, Stage
 
 RISKY = "what is the danger of the attack"
 CALM = "please tell me how to bake bread"
@@ -100,14 +99,6 @@ def test_what_cannot_start_exits_2_with_one_line(
     assert message in result.output
     assert "Traceback" not in result.output
     assert result.output.strip().count("\n") == 0
-
-
-def test_rows_take_their_stage_from_kind(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text('{"text": "a", "kind": "completion"}\n{"text": "b", "kind": "prompt"}\n')
-    requests = [row.request for row in read_rows(file, policy="default", want_tokens=False)]
-    stages = [r.stage for r in requests if isinstance(r, ScoreRequest)]
-    assert stages == [Stage.COMPLETION, Stage.PROMPT]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""What was found, for a person to judge: tables in a terminal, a page of HTML, plain JSON.
+
+Pure rendering. The page needs nothing from elsewhere and runs no script; texts are escaped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import jinja2
+from rich.markup import escape
+from rich.table import Table
+
+from sae_core.training.findings import RiskFindings
+
+Findings = Mapping[str, tuple[RiskFindings, ...]]
+
+_templates = jinja2.Environment(
+    loader=jinja2.PackageLoader("monitor", "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+)
+
+
+def review_page(bundle: str, n_texts: int, findings: Findings) -> str:
+    """The whole page."""
+    return _templates.get_template("discovery.html").render(
+        bundle=bundle, n_texts=n_texts, findings=findings, number=_number
+    )
+
+
+def review_table(sae_id: str, risk: RiskFindings) -> Table:
+    """One risk's latents."""
+    title = f"{risk.plan.id} in {sae_id}: {len(risk.used)} used of {len(risk.latents)} selected"
+    table = Table(box=None, title=escape(title), title_justify="left")
+    for name in ("latent", "AUROC", "left out", "length", "keyword", "stable", "group", "weight"):
+        table.add_column(name, justify="right")
+    table.add_column("flags", style="red")
+    table.add_column("label", overflow="fold")
+    for x in risk.latents:
+        table.add_row(
+            str(x.latent_id),
+            _number(x.auroc),
+            _number(x.audit.left_out),
+            _number(x.audit.like_length),
+            _number(x.audit.without_keywords),
+            f"{x.stability:.2f}",
+            str(x.group),
+            f"{x.weight:.3g}",
+            ", ".join(x.audit.flags),
+            escape(x.label),
+        )
+    return table
+
+
+def findings_json(bundle: str, n_texts: int, findings: Findings) -> dict[str, Any]:
+    """Everything as plain data, examples with their texts."""
+    return {
+        "schema": 1,
+        "bundle": bundle,
+        "n_texts": n_texts,
+        "saes": {sae_id: [asdict(risk) for risk in risks] for sae_id, risks in findings.items()},
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
