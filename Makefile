@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PROTO := protos/saemonitor/v1/monitor.proto
 # On CI a missing tool fails the tests that need it; at a desk they skip and say why.
 PYTEST_ARGS ?= $(if $(CI),--require-tools)
+# Processes that share the tests, a file each at a time; torch keeps to one thread in each.
+WORKERS ?= auto
 
 .PHONY: demo test check format protos tools lock clean
 
@@ -12,7 +14,7 @@ demo: $(VENV)/.demo
 	$(BIN)/sae-monitor demo $(ARGS)
 
 test: $(VENV)/.dev tools
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
