@@ -5,8 +5,10 @@ Everything that depends on the kind of database is here and in `locks`.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from sqlalchemy import (
@@ -37,6 +39,8 @@ from monitor.errors import AuditError, SettingsError
 PAGE_BYTES = 8192
 """Of an SQLite file that is made here: a record of ten clusters takes 3 to 7 KB, and a page of 4 KB
 is left half empty by it, or needs a second (benchmarks/LOG.md, 2026-11-24)."""
+STATEMENT_ROWS = 64
+"""Rows of one INSERT: 14 columns each, far from the 32,766 values that SQLite takes."""
 WAL_PAGES = (16 << 20) // PAGE_BYTES
 """Pages that are gathered in the write-ahead log before they are copied into the file."""
 CACHE_KIB = 16 << 10
@@ -177,14 +181,20 @@ def open_reader(url: str) -> Engine:
     return engine
 
 
-def insert_rows(engine: Engine) -> str:
-    """The statement, in the driver's own words, that inserts rows of all columns in order."""
-    marker = "?" if engine.dialect.paramstyle == "qmark" else "%s"
+def insert_rows(connection: Connection, rows: Sequence[tuple[object, ...]]) -> None:
+    """Insert rows of all columns in their order, in as few statements as keep within limits.
+
+    `executemany` would hand the interpreter's lock to the other threads once a row.
+    """
+    marker = "?" if connection.dialect.paramstyle == "qmark" else "%s"
     names = records_table.columns.keys()
-    return (
-        f"INSERT INTO {records_table.name} ({', '.join(names)}) "
-        f"VALUES ({', '.join(marker for _ in names)})"
-    )
+    into = f"INSERT INTO {records_table.name} ({', '.join(names)}) VALUES "
+    values = f"({', '.join(marker for _ in names)})"
+    for start in range(0, len(rows), STATEMENT_ROWS):
+        some = rows[start : start + STATEMENT_ROWS]
+        connection.exec_driver_sql(
+            into + ", ".join([values] * len(some)), tuple(itertools.chain.from_iterable(some))
+        )
 
 
 def save_lost_wal(engine: Engine, name: str) -> None:

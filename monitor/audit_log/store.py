@@ -99,7 +99,6 @@ class AuditStore:
         self._lock = None if self._path is None else FileLock(self._path)
         try:
             self._engine: Engine = open_writer(url, chain)
-            self._insert = insert_rows(self._engine)
             self._inode = None if self._path is None else _inode(self._path)
             self._wal_inode: tuple[int, int] | None = None
             self._open(chain)
@@ -212,7 +211,7 @@ class AuditStore:
         )
         if found == batch.base:
             if batch.rows:
-                connection.exec_driver_sql(self._insert, list(batch.rows))
+                insert_rows(connection, batch.rows)
             if batch.checkpoint is not None:
                 self._write_checkpoint(connection, batch.checkpoint)
         elif found != batch.head:
