@@ -34,7 +34,6 @@ from monitor.cli.common import (
 from monitor.cli.placement import (
     Backend,
     Device,
-    Dtype,
     Gpus,
     Onnx,
     TensorParallel,
@@ -79,7 +78,13 @@ def replay(
     device: Device = "auto",
     gpus: Gpus = 1,
     tensor_parallel: TensorParallel = 1,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, float32, bfloat16 or int8; by default that of the log's first decision, "
+            "and auto for files."
+        ),
+    ] = None,
     backend: Backend = "torch",
     onnx: Onnx = None,
     fidelity: Annotated[
@@ -121,6 +126,9 @@ def replay(
             since=seconds_of(since),
             until=seconds_of(until),
         )
+        found = _inputs(audit, inputs or [], wanted, keys_file)
+        if dtype is None:
+            dtype = "auto" if audit is None else _recorded_dtype(audit, wanted, backend)
         loading = Loading(
             bundle=bundle_folder(bundle).resolve(),
             model=None if model is None else model.resolve(),
@@ -129,7 +137,7 @@ def replay(
             **placement(device, dtype, gpus, tensor_parallel, backend, onnx),
         )
         job = Job(
-            inputs=_inputs(audit, inputs or [], wanted, keys_file),
+            inputs=found,
             out=out_folder.resolve(),
             policy=policy,
             max_step_tokens=max_step_tokens,
@@ -176,6 +184,16 @@ def _inputs(
             "--keys-file: found one with --input, expected --audit"
         )
     return [open_file(path.resolve()) for path in files]
+
+
+def _recorded_dtype(url: str, wanted: Filter, backend: str) -> str:
+    """What the first decision of interest was computed in, where this backend can do so too."""
+    from monitor.audit_log.query import rows
+
+    found = next((body for _, body in rows(url, wanted, limit=1)), None)
+    recorded = None if found is None else found["provenance"]["dtype"]
+    possible = recorded in ("float32", "bfloat16") if backend == "torch" else recorded == "int8"
+    return str(recorded) if possible else "auto"
 
 
 def _anywhere(url: str) -> str:

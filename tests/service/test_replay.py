@@ -76,7 +76,7 @@ def test_what_was_served_scores_the_same_when_replayed(
     audit, ids, keys = recorded
     arguments = ("--audit", audit, "--bundle", str(tiny_bundle), "--keys-file", str(keys))
     out = tmp_path / "out"
-    code, manifest, output = replay(out, *arguments, "--dtype", "float32", "--expect", "numeric")
+    code, manifest, output = replay(out, *arguments, "--expect", "numeric")
     assert code == 0, output
     rows = rows_of(out)
     assert [row["id"] for row in rows] == ids
@@ -93,6 +93,25 @@ def test_what_was_served_scores_the_same_when_replayed(
     assert manifest["state"] == "done"
     # What was sealed stays sealed.
     assert not {"token_ids", "texts", "text"} & rows[0].keys()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_replay_computes_in_the_data_type_of_its_log(
+    serve: Callable[..., Any], tiny_bundle: Path, tmp_path: Path, dtype: str
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(new_key("first") + "\n")
+    settings = {"audit_level": "tokens", "audit_keys_file": keys, "dtype": dtype, "fidelity": "off"}
+    with serve(**settings) as server, server.client() as client:
+        client.score(text=CALM)
+    audit = ("--audit", f"sqlite:///{tmp_path / 'audit.db'}", "--keys-file", str(keys))
+    arguments = (*audit, "--bundle", str(tiny_bundle), "--fidelity", "off")
+    code, manifest, output = replay(tmp_path / "out", *arguments)
+    assert code == 0, output
+    assert manifest["facts"]["dtype"] == dtype
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    code, manifest, output = replay(tmp_path / "other", *arguments, "--dtype", other)
+    assert (code, manifest["facts"]["dtype"]) == (0, other), output
 
 
 def changed_bundle(tiny_bundle: Path, target: Path) -> Path:
