@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from monitor.cli.common import AsJson, bundle_folder, err, exit_on_error, out, progress_bar
+from monitor.cli.placement import (
+    Backend,
+    Device,
+    Dtype,
+    Gpus,
+    Onnx,
+    TensorParallel,
+    placement,
+)
 from monitor.config import default_cache_dir
 
 if TYPE_CHECKING:
@@ -30,8 +40,12 @@ def baseline(
     work: Annotated[
         Path | None, typer.Option(help="Where token logits are kept; the cache by default.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    device: Device = "cpu",
+    gpus: Gpus = 1,
+    tensor_parallel: TensorParallel = 1,
+    dtype: Dtype = "float32",
+    backend: Backend = "torch",
+    onnx: Onnx = None,
     as_json: AsJson = False,
 ) -> None:
     """Adds or renews the drift baseline in a copy of the bundle; thresholds stay as they are.
@@ -44,6 +58,7 @@ def baseline(
     from sae_core.evaluation.data import read_labelled
 
     with exit_on_error(), progress_bar() as progress:
+        placed = placement(device, dtype, gpus, tensor_parallel, backend, onnx)
         rows = [row for path in data for row in read_labelled(path)]
         benign = [row for row in rows if not row.is_harmful]
         if len(benign) < len(rows):
@@ -52,13 +67,13 @@ def baseline(
             bundle_folder(folder),
             model=model,
             cache=default_cache_dir(),
-            device=device,
-            dtype=dtype,
             progress=progress,
+            **placed,
         )
         names = ", ".join(path.name for path in data) + ", benign rows"
         work = work or default_cache_dir() / "traces"
-        found = asyncio.run(_run(served, benign, work, names, progress))
+        with closing(served):
+            found = asyncio.run(_run(served, benign, work, names, progress))
         digest = write_renewed(served.bundle, found, out_folder)
     content = found.content
     if as_json:

@@ -89,6 +89,15 @@ def test_a_calibration_on_onnx_covers_a_server_on_onnx(
     in_torch = load_local(folder, model=None, cache=tmp_path / "cache")
     assert all("onnx-cpu" in why for why in in_torch.uncalibrated_reasons.values())
     assert set(in_torch.uncalibrated_reasons) == set(artefact["clusters"])
+    renewed = tmp_path / "renewed"
+    flags = ("--data", data, "--work", tmp_path / "traces", "--out", renewed)
+    code, output = run("bundle", "baseline", folder, *flags)
+    assert code == 2
+    assert "onnx-cpu" in " ".join(output.split())
+    code, output = run("bundle", "baseline", folder, *flags, "--backend", "onnx", "--onnx", graph)
+    assert code == 0, output
+    again: dict[str, Any] = json.loads((renewed / "calibration/default.json").read_text())
+    assert again["baseline"]["latents"] == artefact["baseline"]["latents"]
 
 
 def test_a_calibration_in_two_processes_names_them_and_leaves_none(
@@ -121,7 +130,7 @@ def test_an_evaluation_on_onnx_finds_what_one_on_torch_finds(
         assert np.allclose(onnx.overall.scores[name].auroc, figures.auroc, atol=1e-3)
 
 
-@pytest.mark.parametrize("command", ["calibrate", "evaluate", "score"])
+@pytest.mark.parametrize("command", ["calibrate", "evaluate", "score", "bundle baseline"])
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -135,6 +144,7 @@ def test_flags_that_contradict_each_other_are_named(
     tiny_bundle: Path, data: Path, command: str, flags: tuple[object, ...], message: str
 ) -> None:
     rows = "--file" if command == "score" else "--data"
-    code, output = run(command, "--bundle", tiny_bundle, rows, data, *flags)
+    bundle = [tiny_bundle, "--out", "out"] if "baseline" in command else ["--bundle", tiny_bundle]
+    code, output = run(*command.split(), *bundle, rows, data, *flags)
     assert code == 2
     assert message in " ".join(output.split())
