@@ -12,8 +12,12 @@ tensor_parallel  which parts of a model each of several processes holds, by tran
 ranks      those processes: one plans each step, all run it, and what happens when one dies
 mirrored   a stream of the first process, and its like in the others
 packed     attention over a ragged batch, each stream against its own keys and values
+span_attention  attention of one stream's last tokens: torch's fused kernel, or blocks by oneDNN
+span_workers  threads for the attention of many single tokens
+paged      the same over pages that streams share (`pages`), with the kernel of `varlen`
+products   which library multiplies a model's matrices on the CPU, in which data type
 tokenizer  text and conversations -> token ids with roles
 text_tokens  the same of a text that grows, at the cost of what is new
-freed_memory  what loading freed, given back to the operating system
+freed_memory  what loading freed, given back to the operating system; what steps free, kept
 gguf       a GGUF file -> a checked model folder in bfloat16
 """

@@ -20,16 +20,17 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from sae_core.errors import HookPointError, ModelLoadError
-from sae_core.hook_points import HookPoint, n_layers_needed
+from sae_core.hook_points import HookPoint, ModulePath, n_layers_needed
 from sae_core.language_model.checkpoint import fill, one_line
 from sae_core.language_model.device_map import DeviceMap
 from sae_core.language_model.families import FAMILIES, SUPPORTED_MODEL_TYPES
-from sae_core.language_model.freed_memory import give_back_freed_memory
+from sae_core.language_model.freed_memory import give_back_freed_memory, keep_freed_memory
 from sae_core.language_model.mirrored import Peers
 from sae_core.language_model.model import LanguageModel, LanguageModelConfig
 from sae_core.language_model.packed import register_packed_attention
-from sae_core.language_model.products import Products, choose_products
+from sae_core.language_model.products import Products, choose_products, fuse_gates
 from sae_core.language_model.sites import locate
+from sae_core.language_model.span_attention import Attention
 from sae_core.language_model.tensor_parallel import check_whole, split, split_plan
 
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
@@ -44,6 +45,7 @@ def load_language_model(
     device: str | torch.device | Sequence[torch.device] = "cpu",
     dtype: torch.dtype = torch.float32,
     products: Products = "auto",
+    attention: Attention = "auto",
     peers: Peers | None = None,
 ) -> LanguageModel:
     """Loads what is needed of the model in `folder` to read `hook_points`.
@@ -55,6 +57,7 @@ def load_language_model(
             (see `device_map`).
         dtype: Of weights and activations, whatever the checkpoint's.
         products: The library that multiplies matrices on the CPU; see `products`.
+        attention: What attends from several tokens of a stream there; see `span_attention`.
         peers: Where every rank holds a part only (see `ranks`), this one's link to the others.
 
     Raises:
@@ -93,6 +96,9 @@ def load_language_model(
     library = "torch"
     if peers is None and {d.type for d in devices} == {"cpu"}:
         library = choose_products(module, products)
+        # A hook point that is a module's path may be a gate, or its function.
+        if library == "onednn" and not any(isinstance(h, ModulePath) for h in wanted):
+            fuse_gates(module)
     facts = LanguageModelConfig(
         model_type=config.model_type,
         d_model=config.hidden_size,
@@ -107,7 +113,9 @@ def load_language_model(
         products=library,
     )
     give_back_freed_memory()
-    return LanguageModel(module, facts, wanted)
+    if any(d.type == "cpu" for d in devices):
+        keep_freed_memory()
+    return LanguageModel(module, facts, wanted, attention=attention if peers is None else "torch")
 
 
 def _read_config(folder: Path) -> Any:

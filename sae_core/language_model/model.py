@@ -25,6 +25,7 @@ from sae_core.language_model.paged import PagedPlan, PagedStream
 from sae_core.language_model.pages import PagePool, pool_for
 from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
 from sae_core.language_model.sites import HookSite, canonical, locate
+from sae_core.language_model.span_attention import Attention, Heads, choose_attention
 from sae_core.language_model.varlen import Kernel, installed_kernel
 
 
@@ -50,6 +51,8 @@ class LanguageModelConfig:
     """Processes of which each holds a part of every block."""
     products: str = "torch"
     """The library that multiplies matrices: torch (with what it calls by itself) or onednn."""
+    attention: str = "torch"
+    """What attends from several tokens of a stream: torch's fused kernel, or blocks."""
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +72,12 @@ class LanguageModel:
     """Blocks up to the deepest hook point, run on packed segments."""
 
     def __init__(
-        self, module: nn.Module, config: LanguageModelConfig, hook_points: Sequence[HookPoint]
+        self,
+        module: nn.Module,
+        config: LanguageModelConfig,
+        hook_points: Sequence[HookPoint],
+        *,
+        attention: Attention = "torch",
     ) -> None:
         self.config = config
         self._leader: Leader | None = None
@@ -82,7 +90,10 @@ class LanguageModel:
         self.kernel: Kernel | None = installed_kernel()
         """What attends over pages where it can."""
         self._lock = Lock()  # hooks are installed for the length of a step
-        first_pass = self._measure()
+        first_pass, heads = self._measure()
+        if heads is not None and self.pool is None and {d.type for d in config.devices} == {"cpu"}:
+            chosen = choose_attention(heads, config.dtype, attention)
+            self.config = replace(config, attention=chosen)
         self.widths: Mapping[HookPoint, int] = {
             h: first_pass[h].shape[-1] for h in self.hook_points
         }
@@ -200,10 +211,14 @@ class LanguageModel:
             )
         return captured
 
-    def _measure(self) -> dict[HookPoint, Tensor]:
-        """Reads two tokens of a stream of their own, and checks that a row is a token."""
+    def _measure(self) -> tuple[dict[HookPoint, Tensor], Heads | None]:
+        """Reads two tokens of a stream of their own, and checks that a row is a token.
+
+        Also the shape of attention; None where no block needed any.
+        """
         n = min(2, self.config.max_positions)
-        captured = self.run(*self._plan([Segment(self.open_stream(), [0] * n)]))
+        plan, token_ids, positions = self._plan([Segment(self.open_stream(), [0] * n)])
+        captured = self.run(plan, token_ids, positions)
         for hook_point in self.hook_points:
             if hook_point not in captured:
                 raise HookPointError(f"hook point {hook_point}: its module did not run")
@@ -211,7 +226,7 @@ class LanguageModel:
             if acts.shape[:-1] not in ((1, n), (n,)):
                 found = f"activations of shape {list(acts.shape)} for {n} tokens"
                 raise HookPointError(f"hook point {hook_point}: {found}, expected one row a token")
-        return captured
+        return captured, plan.heads
 
     def _plan(self, segments: Sequence[Segment]) -> tuple[PackedPlan, list[int], list[int]]:
         spans: list[Span] = []
@@ -241,7 +256,8 @@ class LanguageModel:
             all_ids += token_ids
             positions += range(past, length)
         if self.pool is None:
-            return PackedPlan(tuple(spans)), all_ids, positions
+            in_blocks = self.config.attention == "blocks"
+            return PackedPlan(tuple(spans), in_blocks=in_blocks), all_ids, positions
         return PagedPlan(spans, self.pool, self.kernel), all_ids, positions
 
     @contextmanager

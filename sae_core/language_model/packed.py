@@ -13,22 +13,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from sae_core.language_model.pages import PagePool
+from sae_core.language_model.span_attention import Heads, Terms, attend_span
 from sae_core.language_model.span_workers import run_shares, shares_of
 
 PACKED_ATTENTION = "sae_monitor_packed"
 """The name under which a model's config asks for this attention."""
-
-QUERY_BLOCK = 512
-"""Rows of queries that one explicit mask covers; bounds it to 512 x keys, whatever the length."""
 
 GO_BACK_TOKENS = 128
 """How far a stream can go back over a sliding window without being computed anew: far more than
@@ -280,22 +276,14 @@ class Span:
     """Tokens of the stream before the first row: the first row's position."""
 
 
-class Terms(NamedTuple):
-    """What a layer asks of attention beside causality."""
-
-    scaling: float
-    """Factor on query-key products."""
-    window: int | None
-    """A token sees itself and `window - 1` tokens before it; None for all."""
-    softcap: float | None
-    """Scores become `softcap * tanh(score / softcap)` (Gemma 2)."""
-
-
 class PackedPlan:
     """One step's layout, handed through the model's forward call to every attention layer."""
 
-    def __init__(self, spans: tuple[Span, ...]) -> None:
+    def __init__(self, spans: tuple[Span, ...], *, in_blocks: bool = False) -> None:
         self.spans = spans
+        self.heads: Heads | None = None
+        """What the last layer to ask had."""
+        self._in_blocks = in_blocks
         self._alone, self._shares = _shared_out(spans)
 
     def attend(
@@ -313,6 +301,7 @@ class PackedPlan:
         grouped = query.view(n_kv_heads, group, total, head_dim)
         mixed = query.new_empty(total, n_kv_heads, group, value.shape[-1])
         by_head = mixed.permute(1, 2, 0, 3)
+        self.heads = Heads(n_kv_heads, group, head_dim, value.shape[-1])
 
         def attend(span: Span) -> None:
             rows = slice(span.start, span.stop)
@@ -321,7 +310,9 @@ class PackedPlan:
                 layer, span.past, key[:, rows], value[:, rows], terms.window
             )
             past = keys.shape[1] - (span.stop - span.start)
-            by_head[:, :, rows] = attend_span(grouped[:, :, rows], keys, values, past, terms)
+            by_head[:, :, rows] = attend_span(
+                grouped[:, :, rows], keys, values, past, terms, in_blocks=self._in_blocks
+            )
 
         shares = self._shares if query.device.type == "cpu" else ()
         for span in self._alone if shares else self.spans:
@@ -383,62 +374,3 @@ def packed_attention(
         sliding_window = getattr(module, "sliding_window", None)
     terms = Terms(scaling, sliding_window, softcap)
     return packed_plan.attend(layer, query[0], key[0], value[0], terms)[None], None
-
-
-def attend_span(
-    query: Float[Tensor, "n_kv_heads group n head_dim"],
-    keys: Float[Tensor, "n_kv_heads stop head_dim"],
-    values: Float[Tensor, "n_kv_heads stop head_dim"],
-    past: int,
-    terms: Terms,
-) -> Float[Tensor, "n_kv_heads group n head_dim"]:
-    """Causal attention of one stream's last `n` tokens, which have `past` rows before them."""
-    scaling, window, softcap = terms
-    n, stop = query.shape[2], keys.shape[1]
-    if n == 1:
-        # One query row sees a plain range of keys: the group stands in for the query axis.
-        first = 0 if window is None else max(0, stop - window)
-        keys, values = keys[None, :, first:], values[None, :, first:]
-        row = query[None, :, :, 0]
-        if softcap is None:
-            return scaled_dot_product_attention(row, keys, values, scale=scaling)[0, :, :, None]
-        return _softcapped(row, keys, values, None, scaling, softcap)[0, :, :, None]
-    shared_keys = keys[:, None].expand(-1, query.shape[1], -1, -1)
-    shared_values = values[:, None].expand(-1, query.shape[1], -1, -1)
-    if past == 0 and softcap is None and (window is None or n <= window):
-        return scaled_dot_product_attention(
-            query, shared_keys, shared_values, scale=scaling, is_causal=True
-        )
-    blocks = []
-    for start in range(0, n, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, n)
-        first = 0 if window is None else max(0, past + start - window + 1)
-        seen = slice(first, past + end)
-        offset = past + start - first
-        mask = torch.ones(end - start, past + end - first, dtype=torch.bool, device=query.device)
-        mask = mask.tril_(offset)
-        if window is not None:
-            mask = mask.triu_(offset - window + 1)
-        rows, block_keys, block_values = (
-            query[:, :, start:end],
-            shared_keys[:, :, seen],
-            shared_values[:, :, seen],
-        )
-        if softcap is None:
-            block = scaled_dot_product_attention(
-                rows, block_keys, block_values, attn_mask=mask, scale=scaling
-            )
-        else:
-            block = _softcapped(rows, block_keys, block_values, mask, scaling, softcap)
-        blocks.append(block)
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-
-
-def _softcapped(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, softcap: float
-) -> Tensor:
-    """Attention with capped scores, softmax in float32; torch's fused kernels have no cap."""
-    scores = torch.tanh(query @ keys.transpose(-1, -2) * (scaling / softcap)) * softcap
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values

@@ -18,8 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sae_core.language_model import packed
-from sae_core.language_model.packed import PackedPlan, Span, Terms, TokenRows, TokenStream
+from sae_core.language_model.packed import (
+    PackedPlan,
+    Span,
+    TokenRows,
+    TokenStream,
+)
 from sae_core.language_model.pages import Page, PageGroup, PagePool
+from sae_core.language_model.span_attention import Terms, attend_span
 from sae_core.language_model.varlen import Kernel, fits
 
 
@@ -265,5 +271,5 @@ class PagedPlan(PackedPlan):
             keys, values = (t[here].flatten(0, 1)[:n_keys].transpose(0, 1) for t in pages)
             rows = slice(span.start, span.stop)
             past = n_keys - (span.stop - span.start)
-            by_head[:, :, rows] = packed.attend_span(grouped[:, :, rows], keys, values, past, terms)
+            by_head[:, :, rows] = attend_span(grouped[:, :, rows], keys, values, past, terms)
         return mixed

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint, parse_hook_point
-from sae_core.language_model import packed
+from sae_core.language_model import packed, span_attention
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
 from sae_core.language_model.packed import KVStream
+from sae_core.language_model.products import has_onednn
 from sae_core.testing.models import D_MODEL, FAMILIES, MAX_POSITIONS, N_PIECES, tiny_model_folder
 
 TOLERANCE = 1e-5
 """Relative to the largest value at the hook point; float32 rounding alone gives about 1e-6."""
+
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="this torch was built without oneDNN")
 
 LENGTHS = (1, 5, 21, 26)  # the sliding windows are 8 tokens wide
 
@@ -157,9 +160,29 @@ def test_long_segments_are_masked_block_by_block(
     oracle_of: OracleOf,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packed, "QUERY_BLOCK", 7)
+    monkeypatch.setattr(span_attention, "QUERY_BLOCK", 7)
     folder, texts = folder_of(family), random_texts((61, 40))
     model = load_language_model(folder, [HookPoint(2, "resid_post")])
+    oracle = oracle_of(folder)
+    for resid, text in zip(run(model, texts, lambda: 23), texts, strict=True):
+        assert_same(resid, oracle(text))
+
+
+@needs_onednn
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [7, 16])
+def test_attention_in_blocks_equals_the_plain_model(
+    family: str,
+    rows: int,
+    folder_of: Callable[[str], Path],
+    oracle_of: OracleOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(span_attention, "PRODUCT_ROWS", rows)
+    monkeypatch.setattr(span_attention, "WORTH_BLOCKS", 0)
+    folder, texts = folder_of(family), random_texts((61, 40))
+    model = load_language_model(folder, [HookPoint(2, "resid_post")], attention="blocks")
+    assert model.config.attention == "blocks"
     oracle = oracle_of(folder)
     for resid, text in zip(run(model, texts, lambda: 23), texts, strict=True):
         assert_same(resid, oracle(text))
