@@ -94,7 +94,9 @@ def test_a_calibration_on_onnx_covers_a_server_on_onnx(
     code, output = run("bundle", "baseline", folder, *flags)
     assert code == 2
     assert "onnx-cpu" in " ".join(output.split())
-    code, output = run("bundle", "baseline", folder, *flags, "--backend", "onnx", "--onnx", graph)
+    own = tmp_path / "graph"  # a graph is that of one digest
+    assert run("export-onnx", "--bundle", folder, "--out", own)[0] == 0
+    code, output = run("bundle", "baseline", folder, *flags, "--backend", "onnx", "--onnx", own)
     assert code == 0, output
     again: dict[str, Any] = json.loads((renewed / "calibration/default.json").read_text())
     assert again["baseline"]["latents"] == artefact["baseline"]["latents"]
