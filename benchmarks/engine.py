@@ -27,11 +27,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout's own packages win
 
+import engine_parts  # noqa: F401 - says how OpenMP waits, before torch is imported
+import torch
+import transformers
 from engine_parts import service, streams, throughput
 from engine_parts.measuring import STARTED, Measured, machine, say
 from engine_parts.ours import Ours, load_ours

@@ -400,3 +400,14 @@ def configure_logging(level: str, as_json: bool) -> None:
     root.setLevel(level.upper())
     for noisy in ("httpx", "httpcore", "uvicorn", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def wait_briefly() -> None:
+    """Has OpenMP's idle threads sleep after tens of microseconds; before torch is imported.
+
+    Those of torch's builds for Linux stay awake for milliseconds after each operation, on a core
+    that the event loop or the engine's own thread needs (benchmarks/LOG.md, 2026-12-01). Where the
+    environment says how they wait, nothing is changed.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")

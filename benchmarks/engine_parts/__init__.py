@@ -9,3 +9,7 @@ throughput  prefill against peers and against the limit; overhead; mixed lengths
 streams     many streams, open-loop load, flat cost, shared prefixes
 service     a real server: overhead of a call, memory
 """
+
+from monitor.config import wait_briefly
+
+wait_briefly()  # as every command does

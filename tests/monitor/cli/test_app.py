@@ -21,3 +21,27 @@ def test_quick_commands_do_not_import_torch(arguments: list[str]) -> None:
     loaded, exit_code = done.stdout.splitlines()[-1].split()
     assert loaded == "False"
     assert exit_code == ("1" if arguments[0] == "health" else "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
+)
+def test_openmp_is_told_how_to_wait_before_torch_is_there(
+    given: dict[str, str], expected: str
+) -> None:
+    code = (
+        "import os, sys\n"
+        "sys.argv = ['sae-monitor', '--help']\n"
+        "from monitor.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('torch' in sys.modules, os.environ.get('GOMP_SPINCOUNT'))\n"
+    )
+    command = ["env", "-u", "GOMP_SPINCOUNT", "-u", "OMP_WAIT_POLICY"]
+    command += [*(f"{name}={value}" for name, value in given.items()), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1].split() == ["False", expected]
