@@ -12,7 +12,7 @@ from time import perf_counter
 
 import structlog
 
-from monitor.bundle import FIDELITY_FOLDER, PROBES
+from monitor.bundle import FIDELITY_FOLDER, PROBES, Bundle
 from monitor.errors import BundleError, UnfitError
 from monitor.served import Served
 from sae_core.diagnosis import Cause, Place, better_places, diagnose
@@ -118,6 +118,25 @@ def measure_fidelity(served: Served, sae_id: str) -> tuple[Bands, tuple[Place, .
         return bands, better_places(sae, hook_point, measured, reader)
     except SAECoreError as error:
         raise BundleError(f"SAE {sae_id}: {error}") from error
+
+
+def calibrated_first(
+    bundle: Bundle, dtypes: Sequence[str], *, model_digest: str, backend: str
+) -> tuple[str, ...]:
+    """The data types that may be tried, from the first on whose thresholds are calibrated here.
+
+    All of them where none is: a faster one must not void the claims that the bundle makes.
+    """
+    here = (model_digest, backend, True)
+    calibrated = {
+        artefact.get("dtype")
+        for artefact in bundle.calibration.values()
+        if tuple(map(artefact.get, ("model_digest", "backend", "calibrated"))) == here
+    }
+    first = next((place for place, dtype in enumerate(dtypes) if dtype in calibrated), 0)
+    if first:
+        log.info("dtype_calibrated", dtype=dtypes[first], faster=", ".join(dtypes[:first]))
+    return tuple(dtypes[first:])
 
 
 def load_fitting(

@@ -9,7 +9,7 @@ from pathlib import Path
 from monitor.audit_log.writer import AuditLog
 from monitor.bundle import load_bundle
 from monitor.engine import Engine, placement
-from monitor.fidelity import gate, load_fitting
+from monitor.fidelity import calibrated_first, gate, load_fitting
 from monitor.graph_store import GraphPlace
 from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
@@ -17,7 +17,7 @@ from monitor.parity import QUANTIZED, admit_quantized
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
 from monitor.sae_store import find_saes
-from monitor.served import Served, load_served
+from monitor.served import Served, backend_name, load_served
 from sae_core.language_model.products import Products
 
 UNBOUNDED = 2**31 - 1
@@ -47,6 +47,13 @@ def load_local(
     saes = find_saes(bundle, cache=cache, progress=progress)
     found = find_model(bundle, override=model, cache=cache, progress=progress)
     device, dtypes = placement(device, dtype, "torch" if graph is None else "onnx")
+
+    dtypes = calibrated_first(
+        bundle,
+        dtypes,
+        model_digest=found.digest,
+        backend=backend_name(device, tensor_parallel=tensor_parallel, graph=graph),
+    )
 
     def load(dtype: str) -> Served:
         return load_served(

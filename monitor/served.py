@@ -149,6 +149,13 @@ class Served:
         )
 
 
+def backend_name(device: str, *, tensor_parallel: int = 1, graph: GraphPlace | None = None) -> str:
+    """What multiplies and where, as provenance and calibration artefacts name it."""
+    if graph is not None:
+        return f"onnx-{device}"
+    return f"torch-{device}" + (f"-tp{tensor_parallel}" if tensor_parallel > 1 else "")
+
+
 def load_served(
     bundle: Bundle,
     model_folder: Path,
@@ -202,13 +209,10 @@ def load_served(
                 language_model.close()
                 raise
 
+        backend = backend_name(device, tensor_parallel=tensor_parallel, graph=graph)
         if graph is None:
-            backend = f"torch-{device}"
-            if tensor_parallel > 1:
-                backend += f"-tp{tensor_parallel}"
             scorer = in_torch(device, dtype)
         else:
-            backend = f"onnx-{device}"
             identity = graph_identity(bundle.digest, model_digest)
             session = open_graph(
                 graph, in_torch, identity=identity, device=device, dtype=dtype, progress=progress

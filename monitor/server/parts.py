@@ -16,7 +16,7 @@ from monitor.bundle import Bundle
 from monitor.config import ServeSettings
 from monitor.engine import Engine, placement
 from monitor.errors import SettingsError
-from monitor.fidelity import load_fitting
+from monitor.fidelity import calibrated_first, load_fitting
 from monitor.graph_store import GraphPlace
 from monitor.metrics import Metrics
 from monitor.model_store import Progress, find_model
@@ -24,7 +24,7 @@ from monitor.parity import QUANTIZED, admit_quantized
 from monitor.pipeline import Pipeline
 from monitor.records import ServerLimits
 from monitor.sae_store import find_saes
-from monitor.served import Served, load_served
+from monitor.served import Served, backend_name, load_served
 
 Loaded = TypeVar("Loaded")
 
@@ -91,6 +91,13 @@ def load_model(settings: ServeSettings, bundle: Bundle, progress: Progress) -> S
         graph = GraphPlace(cache=settings.cache_dir, folder=settings.onnx)
     saes = find_saes(bundle, cache=settings.cache_dir, progress=progress)
     found = find_model(bundle, override=settings.model, cache=settings.cache_dir, progress=progress)
+
+    dtypes = calibrated_first(
+        bundle,
+        dtypes,
+        model_digest=found.digest,
+        backend=backend_name(device, tensor_parallel=settings.tensor_parallel, graph=graph),
+    )
 
     def load(dtype: str) -> Served:
         return load_served(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from monitor import engine
 from monitor.engine import placement
@@ -54,6 +55,31 @@ def test_auto_falls_back_to_float32_where_they_do_not(strict: Path) -> None:
     assert load(strict, "auto", check_fit=False).provenance.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("claim", "expected"),
+    [
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float32", "calibrated": False}, "bfloat16"),
+        ({"dtype": "float32", "backend": "torch-cuda"}, "bfloat16"),
+        ({"dtype": "float32", "model_digest": "0" * 64}, "bfloat16"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else value,
+)
+def test_auto_keeps_to_the_type_that_thresholds_were_calibrated_in(
+    tiny_bundle: Path, tmp_path: Path, claim: dict[str, object], expected: str
+) -> None:
+    digest = load(tiny_bundle, "float32").provenance.model_digest
+    artefact = {"model_digest": digest, "backend": "torch-cpu", "calibrated": True, **claim}
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    (bundle / "calibration").mkdir()
+    (bundle / "calibration" / "a.json").write_text(json.dumps(artefact))
+    spec = yaml.safe_load((bundle / "bundle.yaml").read_text())
+    spec["clusters"][0]["calibration"] = "calibration/a.json"
+    (bundle / "bundle.yaml").write_text(yaml.safe_dump(spec))
+    assert load(bundle, "auto").provenance.dtype == expected
+
+
 def test_what_does_not_fit_is_closed_before_the_next_is_loaded(
     strict: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,7 +121,7 @@ def test_the_processor_is_timed(
     float32: float, bfloat16: float, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {torch.float32: float32, torch.bfloat16: bfloat16}
-    monkeypatch.setattr(products, "_has_onednn", lambda: True)
+    monkeypatch.setattr(products, "has_onednn", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     monkeypatch.setattr(products, "_timed", lambda x, weight: seconds[x.dtype])
     assert bfloat16_is_faster(torch.device("cpu")) == faster
