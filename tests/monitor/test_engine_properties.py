@@ -33,7 +33,7 @@ from sae_core.testing.models import FAMILIES
 from sae_core.testing.oracle import PlainModel
 
 TOLERANCE = 1e-5
-"""Relative to the largest logit of the text."""
+"""Relative to the largest logit of the text, or to 1: logits are sums of terms of that size."""
 DANGER = 0
 POISON = 299
 """A token whose embedding is made NaN: whoever sends it fails, and nobody else."""
@@ -96,7 +96,7 @@ class World:
         running = plan.aggregator.update(plan.aggregator.start(), logits)
         limits = plan.spec.clusters[DANGER].thresholds
         fused = running[:, DANGER, FUSED]
-        tolerance = TOLERANCE * np.abs(logits[:, DANGER]).max()
+        tolerance = TOLERANCE * np.abs(logits[:, DANGER]).max(initial=1.0)
         if min(np.abs(fused - t).min() for t in (limits.flag, limits.alert)) <= tolerance:
             return None
         state = policy.start()
@@ -183,7 +183,7 @@ def check(world: World, stream: Stream) -> Verdict | None:
         return None
     found, expected = np.stack(stream.logits)[:n], expected[:n]
     a, b = found[:, DANGER], expected[:, DANGER]
-    assert np.abs(a - b).max() <= TOLERANCE * np.abs(b).max()
+    assert np.abs(a - b).max() <= TOLERANCE * np.abs(b).max(initial=1.0)
     verdict = world.verdict(expected)
     assert verdict is None or verdict == world.verdict(found)
     return verdict

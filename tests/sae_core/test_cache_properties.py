@@ -50,7 +50,8 @@ from sae_core.testing.planted import planted_sae
 LAST_BLOCK = HookPoint(N_LAYERS - 1, "resid_post")
 SAE = planted_sae(D_MODEL, 24, architecture="relu", seed=1)
 TOLERANCE = 1e-5
-"""Relative to the largest logit of the text: a logit is a sum of terms of either sign."""
+"""Relative to the largest sum of a token's terms without their signs: terms of either sign may
+leave a logit that is smaller than what float32 rounds off them."""
 N_IDS = 300
 LONGEST = 320
 EXAMPLES = 4
@@ -101,8 +102,9 @@ class World:
         self.model.pool = None if memory == "buffers" else PagePool(PAGE_TOKENS[memory])
         self.model.kernel = reference_kernel if memory == "pages and kernel" else None
 
-    def logits(self, which: int, token_ids: Sequence[int]) -> tuple[Logits, int]:
-        """fused, dense, sae of every token, by the formulas of the README; and how many hold."""
+    def logits(self, which: int, token_ids: Sequence[int]) -> tuple[Logits, float, int]:
+        """fused, dense, sae of every token, by the formulas of the README; the largest sum of
+        terms without their signs; and how many tokens hold."""
         resid, n_decided = self._plain(token_ids)
         x = resid.numpy()
         w = [t.double().numpy() for t in (SAE.weights.W_enc, SAE.weights.b_enc, SAE.weights.b_dec)]
@@ -110,7 +112,9 @@ class World:
         terms, dense_weight = CLUSTERS[which].latents, CLUSTERS[which].dense_weight
         sae = sum(t.weight * acts[:, t.latent_id] / t.scale for t in terms)
         dense = x @ dense_weight.astype(float)
-        return np.stack((sae + dense, dense, sae), axis=-1), n_decided
+        sizes = sum(abs(t.weight) * acts[:, t.latent_id] / t.scale for t in terms)
+        sizes = sizes + np.abs(x) @ np.abs(dense_weight)
+        return np.stack((sae + dense, dense, sae), axis=-1), float(sizes.max()), n_decided
 
     @contextmanager
     def breaking(self, fault: Fault) -> Iterator[None]:
@@ -300,8 +304,7 @@ class Interleavings(RuleBasedStateMachine):
 
     def check(self, work: Work, found: SegmentScores) -> None:
         text = [*self.texts[work.stream], *work.new]
-        expected, n = self.world.logits(self.which, text)
-        scale = np.abs(expected).max()
+        expected, scale, n = self.world.logits(self.which, text)
         assert found.logits.shape == (len(work.new), 1, 3)
         errors = np.abs(found.logits[:, 0] - expected[work.first :])[: max(0, n - work.first)]
         error = errors.max(initial=0) / scale
