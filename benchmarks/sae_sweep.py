@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--k", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--dtype", default="float32", help="of training's products; see train-sae")
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     parser.add_argument("--rows", type=int, default=0, help="a seeded sample of so many; 0 is all")
     parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
@@ -136,7 +137,7 @@ def train(options: argparse.Namespace) -> list[Path]:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         part.rename(mixture)
     command = ["train-sae", "--model", "demo", "--data", str(mixture), "--out", str(out)]
-    command += ["--k", str(options.k)]
+    command += ["--k", str(options.k), "--dtype", options.dtype]
     command += f"--tokens {options.tokens} --learning-rate {options.learning_rate}".split()
     command += f"--buffer-tokens {SAE_CONFIG.buffer_tokens} --store-dtype bfloat16 --json".split()
     command += [part for place in hook_points for part in ("--hook-point", place)]

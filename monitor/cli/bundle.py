@@ -292,7 +292,7 @@ def build(
     ] = "default",
     model: Model = None,
 ) -> None:
-    """Trains the SAE, finds latents, fits heads, calibrates, measures, and writes a bundle."""
+    """Trains the SAEs, finds latents, fits heads, calibrates, measures, and writes a bundle."""
     from monitor.bundle_canaries import write_canaries
     from monitor.model_store import find_model
     from sae_core.training.build import build_default
