@@ -41,11 +41,12 @@ from sae_core.formats import load_sae
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.tokenizer import load_tokenizer
-from sae_core.training.activations import language_model_forward
+from sae_core.training.activations import LanguageModelForward, language_model_forward
 from sae_core.training.corpus import corpus_texts
 from sae_core.training.dense_heads import choose_l2, fit_sae_heads, source_folds, targets_of
+from sae_core.training.dictionary import joined
 from sae_core.training.discovery import TextActs, text_acts
-from sae_core.training.examples import ResidualSet, cached_residuals
+from sae_core.training.examples import ResidualSet, cached_streams
 from sae_core.training.linear_heads import fit_linear_heads
 from sae_core.training.recipe import (
     CORPUS_KEEP,
@@ -102,15 +103,25 @@ def main() -> None:
         )
     print("| SAE | FVU | median | L0 | dead | loss recovered | on labelled: FVU, median, L0 |")
     print("|---|---|---|---|---|---|---|")
+    acts: dict[int, list[TextActs]] = {width: [] for width in options.widths}
     for folder in folders:
         sae = load_sae(folder)
         layer = parse_hook_point(str(sae.card.hook_point)).layer + 1
-        name = f"SAE {layer} x {sae.config.d_sae}" + ", beside" * (folder in options.beside)
+        is_beside = folder in options.beside
+        name = f"SAE {layer} x {sae.config.d_sae}" + ", beside" * is_beside
         print(card_row(name, folder, residuals[layer]), flush=True)
+        own = text_acts(sae, residuals[layer])
         found[name] = _kept(
-            options.work / f"{name}.npy",
-            lambda s=sae, t=residuals[layer]: sae_scores(rows, text_acts(s, t), folds),
+            options.work / f"{name}.npy", lambda own=own: sae_scores(rows, own, folds)
         )
+        if not is_beside:
+            acts[sae.config.d_sae].append(own)
+    for width, several in acts.items():
+        if len(several) > 1:
+            found[f"latents of all layers x {width}"] = _kept(
+                options.work / f"SAE all x {width}.npy",
+                lambda several=several: sae_scores(rows, joined(several), folds),
+            )
     for kind in ("dense {}", *(f"SAE {{}} x {width}" for width in options.widths)):
         members = [found[kind.format(layer)] for layer in options.layers]
         if len(members) > 1:  # logits of heads that were fitted alike, so their mean is one too
@@ -159,18 +170,17 @@ def labelled_texts(
         chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
         rows = [rows[i] for i in np.sort(chosen)]
     tokenizer = load_tokenizer(model_folder)
-    found = {}
-    for layer in options.layers:
-        hook_point = parse_hook_point(f"blocks.{layer - 1}.hook_resid_post")
-        model = load_language_model(model_folder, [hook_point])
-        found[layer] = cached_residuals(
-            [row.text for row in rows],
-            tokenizer,
-            language_model_forward(model, hook_point, mixed_precision=False),
-            options.work / f"resid-{layer}",
-            identity=f"{DEMO_NAME} {hook_point} float32",
-            max_tokens=options.max_tokens,
-        )
+    hook_points = {layer: f"blocks.{layer - 1}.hook_resid_post" for layer in options.layers}
+    model = load_language_model(model_folder, map(parse_hook_point, hook_points.values()))
+    streams = cached_streams(
+        [row.text for row in rows],
+        tokenizer,
+        LanguageModelForward(model, mixed_precision=False),
+        options.work / "resid",
+        identity=f"{DEMO_NAME} float32",
+        max_tokens=options.max_tokens,
+    )
+    found = {layer: streams[hook_point] for layer, hook_point in hook_points.items()}
     usable = np.flatnonzero(np.diff(found[options.layers[0]].starts) > 0)
     if len(usable) < len(rows):
         rows = [rows[int(i)] for i in usable]
