@@ -44,7 +44,6 @@ from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.training.activations import LanguageModelForward, language_model_forward
 from sae_core.training.corpus import corpus_texts
 from sae_core.training.dense_heads import choose_l2, fit_sae_heads, source_folds, targets_of
-from sae_core.training.dictionary import joined
 from sae_core.training.discovery import TextActs, text_acts
 from sae_core.training.examples import ResidualSet, cached_streams
 from sae_core.training.linear_heads import fit_linear_heads
@@ -103,25 +102,15 @@ def main() -> None:
         )
     print("| SAE | FVU | median | L0 | dead | loss recovered | on labelled: FVU, median, L0 |")
     print("|---|---|---|---|---|---|---|")
-    acts: dict[int, list[TextActs]] = {width: [] for width in options.widths}
     for folder in folders:
         sae = load_sae(folder)
         layer = parse_hook_point(str(sae.card.hook_point)).layer + 1
-        is_beside = folder in options.beside
-        name = f"SAE {layer} x {sae.config.d_sae}" + ", beside" * is_beside
+        name = f"SAE {layer} x {sae.config.d_sae}" + ", beside" * (folder in options.beside)
         print(card_row(name, folder, residuals[layer]), flush=True)
-        own = text_acts(sae, residuals[layer])
         found[name] = _kept(
-            options.work / f"{name}.npy", lambda own=own: sae_scores(rows, own, folds)
+            options.work / f"{name}.npy",
+            lambda s=sae, t=residuals[layer]: sae_scores(rows, text_acts(s, t), folds),
         )
-        if not is_beside:
-            acts[sae.config.d_sae].append(own)
-    for width, several in acts.items():
-        if len(several) > 1:
-            found[f"latents of all layers x {width}"] = _kept(
-                options.work / f"SAE all x {width}.npy",
-                lambda several=several: sae_scores(rows, joined(several), folds),
-            )
     for kind in ("dense {}", *(f"SAE {{}} x {width}" for width in options.widths)):
         members = [found[kind.format(layer)] for layer in options.layers]
         if len(members) > 1:  # logits of heads that were fitted alike, so their mean is one too

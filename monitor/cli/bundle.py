@@ -288,7 +288,11 @@ def build(
     out_folder: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     work: Annotated[Path, typer.Option(help="Intermediate files; a second run goes on there.")],
     folder: Annotated[
-        str, typer.Option("--like", help="A bundle whose model is taken, or default.")
+        str,
+        typer.Option(
+            "--like",
+            help="A bundle whose model is taken, and the version after its own; or default.",
+        ),
     ] = "default",
     model: Model = None,
 ) -> None:
@@ -305,6 +309,7 @@ def build(
             model_folder=found.folder,
             model_id=reference.spec.model.id,
             model_package=reference.spec.model.package,
+            version=reference.spec.version + 1,
             corpus=corpus,
             train=train,
             val=val,

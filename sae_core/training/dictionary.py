@@ -48,7 +48,8 @@ class Dictionary:
 
     def text_acts(self, streams: Streams) -> TextActs:
         """Every latent over each text."""
-        return joined([text_acts(one.sae, streams[one.hook_point]) for one in self.saes])
+        found = [text_acts(one.sae, streams[one.hook_point]) for one in self.saes]
+        return TextActs(*(np.concatenate(parts, axis=-1) for parts in zip(*found, strict=True)))
 
     def acts_of(
         self, streams: Streams, latents: Sequence[int]
@@ -86,11 +87,6 @@ class ReadTexts(NamedTuple):
             dictionary.text_acts(streams),
             text_means(np.asarray(dense.resid), dense.starts),
         )
-
-
-def joined(acts: Sequence[TextActs]) -> TextActs:
-    """The latents of several SAEs side by side, over the same texts."""
-    return TextActs(*(np.concatenate(parts, axis=-1) for parts in zip(*acts, strict=True)))
 
 
 def shared(streams: Streams) -> ResidualSet:

@@ -91,7 +91,7 @@ class _Decoded:
 
 
 def _order_of(latent_ids: Int64[Tensor, " n"], d_sae: int) -> Int64[Tensor, " n"]:
-    """Stable order by latent; NumPy sorts numbers of 16 bits by their digits, in a tenth of the
-    time that torch takes."""
+    """Stable order by latent; NumPy sorts numbers of 16 bits by their digits, in a third of
+    torch's time, and waits for no other thread."""
     small = np.uint16 if d_sae <= 2**16 else np.int64
     return torch.from_numpy(np.argsort(latent_ids.numpy().astype(small), kind="stable"))
