@@ -100,8 +100,10 @@ the data sets they are tried on raised {_raised(artefact, "flag")} and, as alert
 - The model is small and a base model; it knows topics better than intentions. Text that only looks
   dangerous (security work, medicine, news, fiction) is the main source of false alarms, and
   paraphrase, obfuscation, other languages and encodings the main source of misses. Of 100 harmful
-  validation rows 51 were flagged as they are, 19 with typos and none in leetspeak; the others have
-  not been measured (benchmarks/LOG.md, 2026-11-24).
+  validation rows version 3 flagged 51 as they are, 19 with typos, none in leetspeak, 29 in base64,
+  31 in capitals, 3 in random case, 20 and 19 with benign text before and behind; of 50 benign ones
+  2, and 0, 0, 6, 1, 0, 4 and 5. Other languages have not been measured (benchmarks/LOG.md,
+  2026-12-01).
 - On data sets that the heads were not fitted on, detection is clearly worse than on validation
   rows of known data sets; the last table is the honest one.
 - weapons_drugs, self_harm and sexual_content rest on about a hundred examples each; their
