@@ -41,11 +41,11 @@ from sae_core.formats import load_sae
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.tokenizer import load_tokenizer
-from sae_core.training.activations import language_model_forward
+from sae_core.training.activations import LanguageModelForward, language_model_forward
 from sae_core.training.corpus import corpus_texts
 from sae_core.training.dense_heads import choose_l2, fit_sae_heads, source_folds, targets_of
 from sae_core.training.discovery import TextActs, text_acts
-from sae_core.training.examples import ResidualSet, cached_residuals
+from sae_core.training.examples import ResidualSet, cached_streams
 from sae_core.training.linear_heads import fit_linear_heads
 from sae_core.training.recipe import (
     CORPUS_KEEP,
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=500_000)
     parser.add_argument("--k", type=int, default=48)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--dtype", default="float32", help="of training's products; see train-sae")
     parser.add_argument("--beside", type=Path, nargs="*", default=[])
     parser.add_argument("--rows", type=int, default=0, help="a seeded sample of so many; 0 is all")
     parser.add_argument("--max-tokens", type=int, default=128, help="longer texts are cut")
@@ -136,7 +137,7 @@ def train(options: argparse.Namespace) -> list[Path]:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
         part.rename(mixture)
     command = ["train-sae", "--model", "demo", "--data", str(mixture), "--out", str(out)]
-    command += ["--k", str(options.k)]
+    command += ["--k", str(options.k), "--dtype", options.dtype]
     command += f"--tokens {options.tokens} --learning-rate {options.learning_rate}".split()
     command += f"--buffer-tokens {SAE_CONFIG.buffer_tokens} --store-dtype bfloat16 --json".split()
     command += [part for place in hook_points for part in ("--hook-point", place)]
@@ -158,18 +159,17 @@ def labelled_texts(
         chosen = np.random.default_rng(0).choice(len(rows), n, replace=False)
         rows = [rows[i] for i in np.sort(chosen)]
     tokenizer = load_tokenizer(model_folder)
-    found = {}
-    for layer in options.layers:
-        hook_point = parse_hook_point(f"blocks.{layer - 1}.hook_resid_post")
-        model = load_language_model(model_folder, [hook_point])
-        found[layer] = cached_residuals(
-            [row.text for row in rows],
-            tokenizer,
-            language_model_forward(model, hook_point, mixed_precision=False),
-            options.work / f"resid-{layer}",
-            identity=f"{DEMO_NAME} {hook_point} float32",
-            max_tokens=options.max_tokens,
-        )
+    hook_points = {layer: f"blocks.{layer - 1}.hook_resid_post" for layer in options.layers}
+    model = load_language_model(model_folder, map(parse_hook_point, hook_points.values()))
+    streams = cached_streams(
+        [row.text for row in rows],
+        tokenizer,
+        LanguageModelForward(model, mixed_precision=False),
+        options.work / "resid",
+        identity=f"{DEMO_NAME} float32",
+        max_tokens=options.max_tokens,
+    )
+    found = {layer: streams[hook_point] for layer, hook_point in hook_points.items()}
     usable = np.flatnonzero(np.diff(found[options.layers[0]].starts) > 0)
     if len(usable) < len(rows):
         rows = [rows[int(i)] for i in usable]

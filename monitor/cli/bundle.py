@@ -288,11 +288,15 @@ def build(
     out_folder: Annotated[Path, typer.Option("--out", help="The bundle to write.")],
     work: Annotated[Path, typer.Option(help="Intermediate files; a second run goes on there.")],
     folder: Annotated[
-        str, typer.Option("--like", help="A bundle whose model is taken, or default.")
+        str,
+        typer.Option(
+            "--like",
+            help="A bundle whose model is taken, and the version after its own; or default.",
+        ),
     ] = "default",
     model: Model = None,
 ) -> None:
-    """Trains the SAE, finds latents, fits heads, calibrates, measures, and writes a bundle."""
+    """Trains the SAEs, finds latents, fits heads, calibrates, measures, and writes a bundle."""
     from monitor.bundle_canaries import write_canaries
     from monitor.model_store import find_model
     from sae_core.training.build import build_default
@@ -305,6 +309,7 @@ def build(
             model_folder=found.folder,
             model_id=reference.spec.model.id,
             model_package=reference.spec.model.package,
+            version=reference.spec.version + 1,
             corpus=corpus,
             train=train,
             val=val,

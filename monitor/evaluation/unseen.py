@@ -30,10 +30,11 @@ from sae_core.evaluation.data import EvaluationError, LabelledText
 from sae_core.evaluation.detection import normalised
 from sae_core.evaluation.folds import SourceFold, source_folds
 from sae_core.hook_points import parse_hook_point
-from sae_core.training.activations import language_model_forward
+from sae_core.training.activations import LanguageModelForward
 from sae_core.training.dense_heads import HeadConfig
+from sae_core.training.dictionary import Dictionary, PlacedSAE, shared
 from sae_core.training.discovery import ClusterPlan
-from sae_core.training.examples import cached_residuals
+from sae_core.training.examples import cached_streams
 from sae_core.training.unseen_sources import unseen_source_scores
 
 MAX_TOKENS = 256
@@ -57,7 +58,7 @@ def leave_one_source_out(
         work: where residual streams are kept for a rerun.
 
     Raises:
-        BundleError: the bundle has not exactly one SAE, or reads at several places.
+        BundleError: the bundle has no SAE, or dense heads at several places.
         EvaluationError: as `source_folds`; or a text without tokens.
     """
     plans = [
@@ -68,34 +69,26 @@ def leave_one_source_out(
     if not plans:
         raise EvaluationError("found no row of any cluster's categories, expected some")
     folds = source_folds(rows)
-    if len(served.saes) != 1 or len(served.hook_points) != 1:
-        raise BundleError(
-            f"bundle {served.bundle.label}: found {len(served.saes)} SAEs at "
-            f"{', '.join(served.hook_points)}, expected one at one place to leave sources out"
-        )
-    ((hook_point, sae),) = served.saes.values()
+    dictionary, dense_hook_point = _what_is_read(served)
     aggregate = replace(served.plan.aggregator.specs[0], min_evidence_tokens=0)
-    texts = cached_residuals(
+    streams = cached_streams(
         [row.text for row in rows],
         served.tokenizer,
-        language_model_forward(
-            served.scorer.language_model,
-            parse_hook_point(served.hook_points[0]),
-            mixed_precision=False,
-        ),
+        LanguageModelForward(served.scorer.language_model, mixed_precision=False),
         work / "unseen",
-        identity=f"{served.provenance.model_digest} {hook_point} float32",
+        identity=f"{served.provenance.model_digest} float32",
         max_tokens=MAX_TOKENS,
         progress=lambda done, total: progress("residual streams", done / total),
     )
-    for row, length in zip(rows, np.diff(texts.starts), strict=True):
+    for row, length in zip(rows, np.diff(shared(streams).starts), strict=True):
         if length < 1:
             raise EvaluationError(f"{row.place}: found no token to score, expected some")
     scores = unseen_source_scores(
         plans,
         rows,
-        texts,
-        sae,
+        streams,
+        dictionary,
+        dense_hook_point,
         folds,
         HeadConfig(),
         aggregate,
@@ -103,6 +96,20 @@ def leave_one_source_out(
     )
     baselines = _baselines(plans, rows, folds)
     return _figures(plans, rows, folds, scores, baselines, n_resamples, seed)
+
+
+def _what_is_read(served: Served) -> tuple[Dictionary, str]:
+    """All SAEs, and where dense heads read: where the bundle's do, or its first SAE."""
+    saes = [PlacedSAE(name, str(point), sae) for name, (point, sae) in served.saes.items()]
+    if not saes:
+        raise BundleError(f"bundle {served.bundle.label}: found no SAE, expected at least one")
+    dense = {str(parse_hook_point(h.hook_point)) for h in served.bundle.spec.dense_heads.values()}
+    if len(dense) > 1:
+        raise BundleError(
+            f"bundle {served.bundle.label}: found dense heads at {', '.join(sorted(dense))}, "
+            "expected one place to leave sources out"
+        )
+    return Dictionary(saes), dense.pop() if dense else saes[0].hook_point
 
 
 def _baselines(

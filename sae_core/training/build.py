@@ -1,6 +1,6 @@
 """The default bundle from a model folder and texts, in stages that each leave a file behind.
 
-    work/sae/            stage 1, `build_sae`: cfg.json, sae_weights.safetensors
+    work/saes/*/         stage 1, `build_saes`: cfg.json, sae_weights.safetensors of each SAE
     work/resid_*/        stage 2, `build_residuals`: residual streams of the labelled texts
     work/heads.json      stage 3, `build_heads`: latents, weights, fusion, evidence floor
     out/                 stage 4, `build_bundle`: calibrated, evaluated, written
@@ -38,21 +38,18 @@ from sae_core.evaluation.baselines import keyword_scores, length_scores, tfidf_s
 from sae_core.evaluation.data import LabelledText, data_digest, read_labelled
 from sae_core.evaluation.detection import Evaluation, evaluate
 from sae_core.fidelity import Bands, measure
-from sae_core.formats import load_sae
 from sae_core.heads import ClusterHeads, heads_digest
 from sae_core.language_model.checksums import digest_folder
 from sae_core.language_model.tokenizer import load_tokenizer
-from sae_core.sae import SAE
 from sae_core.training.build_heads import (
     AGGREGATE,
-    SAE_ID,
     SOURCES,
     UNSEEN_LOGITS,
     BuildInputs,
     Say,
     build_heads,
     build_residuals,
-    build_sae,
+    build_saes,
     cluster_heads,
     train_texts,
 )
@@ -62,13 +59,11 @@ from sae_core.training.dense_heads import (
     is_positive,
     source_folds,
 )
+from sae_core.training.dictionary import Dictionary, Streams, shared, token_logits
 from sae_core.training.examples import ResidualSet
 from sae_core.training.probes import PROBES, TOPIC_PROBES
 from sae_core.training.text_vitals import text_vitals
-from sae_core.training.token_features import (
-    text_scores,
-    token_logits,
-)
+from sae_core.training.token_features import text_scores
 from sae_core.training.unseen_figures import TFIDF, unseen_figures
 
 MIN_EVIDENCE_TOKENS = 3
@@ -77,7 +72,6 @@ BUNDLE_PROBES = (*PROBES, *TOPIC_PROBES)
 
 def build_default(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluation:
     """All stages; returns the figures on `val`."""
-    build_sae(inputs, say)
     build_heads(inputs, say)
     return build_bundle(inputs, say)
 
@@ -89,38 +83,41 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
     their data set: what is raised on data sets like any other, not on those that were fitted.
     """
     content = build_heads(inputs, say)
-    sae, heads = load_sae(inputs.work / "sae"), cluster_heads(content, inputs.hook_point)
+    dictionary, heads = build_saes(inputs, say), cluster_heads(content, inputs)
     rows = read_labelled(inputs.val)
     texts = build_residuals(inputs, rows, "val", say=say)
-    logits = token_logits(texts, SAE_ID, sae, inputs.hook_point, heads)
+    text_starts = shared(texts).starts
+    logits = token_logits(texts, dictionary, heads)
     train, known = train_texts(inputs, say)
+    known_starts = shared(known).starts
     unseen_logits = np.load(inputs.work / UNSEEN_LOGITS)
     harmless, n_tokens = _benign_logits(
-        (train, known.starts, unseen_logits), (rows, texts.starts, logits)
+        (train, known_starts, unseen_logits), (rows, text_starts, logits)
     )
     starts = np.concatenate([[0], np.cumsum(n_tokens)]).astype(np.int64)
     specs = evidence_specs(harmless, starts)
     benign = text_scores(harmless, starts, specs)
-    scores = text_scores(logits, texts.starts, specs)
+    scores = text_scores(logits, text_starts, specs)
     buckets = length_buckets(n_tokens)
     calibrated: dict[Source, SourceCalibration] = {
         name: calibrate_source(benign[:, :, i], buckets=buckets) for i, name in enumerate(SOURCES)
     }
     ids = [c["id"] for c in content["clusters"]]
-    tokenizer = load_tokenizer(inputs.model_folder)
+    tokenizer, folders = load_tokenizer(inputs.model_folder), inputs.sae_folders
     facts = {
         "model": inputs.model_id,
         "model_digest": digest_folder(inputs.model_folder),
         "tokenizer_digest": tokenizer.fingerprint,
         "sae_digests": {
-            SAE_ID: sae_digest(
-                {name: _file_digest(inputs.work / "sae" / name) for name in SAE_FILES},
-                inputs.hook_point,
+            one.id: sae_digest(
+                {name: _file_digest(folders[one.id] / name) for name in SAE_FILES},
+                one.hook_point,
                 {},
             )
+            for one in dictionary.saes
         },
         "heads_digest": heads_digest(heads),
-        "hook_point": inputs.hook_point,
+        "hook_points": list(inputs.hook_points),
         "dtype": "float32",
         "backend": "torch-cpu",
         "data": f"benign rows of {inputs.val.name}, and of {inputs.train.name} by heads that had "
@@ -142,10 +139,10 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
     artefact["held_out"] = _raised_on_held_out_sources(
         benign[:, :, 0], buckets, folds[is_benign], say
     )
-    known_logits = token_logits(known, SAE_ID, sae, inputs.hook_point, heads)
-    served = (text_scores(known_logits, known.starts, specs), scores)
+    known_logits = token_logits(known, dictionary, heads)
+    served = (text_scores(known_logits, known_starts, specs), scores)
     artefact["baseline"] = {
-        **_baseline(sae, heads, ((train, known), (rows, texts)), say).to_json(),
+        **_baseline(dictionary, heads, ((train, known), (rows, texts)), say).to_json(),
         "scores": _benign_tables(ids, served, (train, rows)),
     }
     scales: dict[str, tuple[ndarray, ndarray]] = {
@@ -174,9 +171,8 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
             model_package=inputs.model_package,
             model_digest=str(facts["model_digest"]),
             tokenizer_digest=tokenizer.fingerprint,
-            sae_id=SAE_ID,
-            sae_folder=inputs.work / "sae",
-            hook_point=inputs.hook_point,
+            saes={one.id: (one.hook_point, folders[one.id]) for one in dictionary.saes},
+            dense_hook_point=inputs.dense_hook_point,
             heads=content,
             specs=tuple(specs),
             artefact=artefact,
@@ -184,45 +180,53 @@ def build_bundle(inputs: BuildInputs, say: Say = lambda line: None) -> Evaluatio
             unseen=unseen_figures(
                 train,
                 is_positive(inputs.plans, train),
-                text_scores(unseen_logits, known.starts, specs),
+                text_scores(unseen_logits, known_starts, specs),
                 scales,
                 folds,
                 inputs.origins,
             ),
             probes=BUNDLE_PROBES,
-            bands=_bands(inputs, sae, heads.latent_ids[SAE_ID], say),
-            canaries=_canaries(inputs, sae, heads, specs, calibrated["fused"], say),
+            bands=_bands(inputs, dictionary, heads, say),
+            canaries=_canaries(inputs, dictionary, heads, specs, calibrated["fused"], say),
         ),
     )
     say(figures.to_markdown())
     return figures
 
 
-def _own_texts(inputs: BuildInputs, name: str, texts: Sequence[str], say: Say) -> ResidualSet:
+def _own_texts(
+    inputs: BuildInputs, name: str, texts: Sequence[str], say: Say
+) -> dict[str, ResidualSet]:
     rows = [LabelledText(text=text, is_harmful=False) for text in texts]
     return build_residuals(inputs, rows, name, say=say)
 
 
-def _bands(inputs: BuildInputs, sae: SAE, latent_ids: Sequence[int], say: Say) -> Bands:
-    """What the SAE gives on the probe texts, BOS left out."""
+def _bands(
+    inputs: BuildInputs, dictionary: Dictionary, heads: ClusterHeads, say: Say
+) -> dict[str, Bands]:
+    """What each SAE gives on the probe texts, BOS left out."""
     probes = _own_texts(inputs, "probes", BUNDLE_PROBES, say)
-    return Bands.around(measure(sae, torch.from_numpy(np.array(probes.resid)), latent_ids))
+    found = {}
+    for one in dictionary.saes:
+        resid = torch.from_numpy(np.array(probes[one.hook_point].resid))
+        found[one.id] = Bands.around(measure(one.sae, resid, heads.latent_ids[one.id]))
+    return found
 
 
 def _canaries(
     inputs: BuildInputs,
-    sae: SAE,
+    dictionary: Dictionary,
     heads: ClusterHeads,
     specs: Sequence[AggregateSpec],
     calibrated: SourceCalibration,
     say: Say,
 ) -> list[dict[str, Any]]:
     texts = _own_texts(inputs, "canaries", [canary.text for canary in CANARIES], say)
-    logits = token_logits(texts, SAE_ID, sae, inputs.hook_point, heads)
+    logits = token_logits(texts, dictionary, heads)
     return canary_rows(
         [cluster.id for cluster in heads.clusters],
         CANARIES,
-        text_scores(logits, texts.starts, specs)[:, :, 0],
+        text_scores(logits, shared(texts).starts, specs)[:, :, 0],
         calibrated.flag.thresholds,
         calibrated.alert.thresholds,
         say,
@@ -230,19 +234,16 @@ def _canaries(
 
 
 def _baseline(
-    sae: SAE,
+    dictionary: Dictionary,
     heads: ClusterHeads,
-    parts: Sequence[tuple[Sequence[LabelledText], ResidualSet]],
+    parts: Sequence[tuple[Sequence[LabelledText], Streams]],
     say: Say,
 ) -> Baseline:
-    """What the benign texts of all parts do to the SAE."""
+    """What the benign texts of all parts do to the SAEs."""
     vitals = []
-    (hook_point,) = heads.hook_points
     for rows, texts in parts:
         benign = np.flatnonzero([not row.is_harmful for row in rows])
-        vitals += text_vitals(
-            texts, benign, SAE_ID, sae, hook_point, heads.latent_ids[SAE_ID], progress=_every(say)
-        )
+        vitals += text_vitals(texts, benign, dictionary, heads.latent_ids, progress=_every(say))
     return Baseline.of(heads.latents, vitals)
 
 

@@ -1,4 +1,4 @@
-"""The default bundle's SAE and heads: the first three stages of `build`."""
+"""The default bundle's SAEs and heads: the first three stages of `build`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
-from sae_core.sae import SAE
-from sae_core.training.activations import language_model_forward
+from sae_core.training.activations import LanguageModelForward
 from sae_core.training.corpus import corpus_texts
 from sae_core.training.dense_heads import (
     FittedHeads,
@@ -35,26 +34,29 @@ from sae_core.training.dense_heads import (
     fit_heads,
     source_folds,
 )
-from sae_core.training.discovery import ClusterPlan, latent_labels, text_acts
-from sae_core.training.examples import ResidualSet, cached_residuals
+from sae_core.training.dictionary import (
+    Dictionary,
+    PlacedSAE,
+    ReadTexts,
+    shared,
+    some_texts,
+)
+from sae_core.training.discovery import ClusterPlan, latent_labels
+from sae_core.training.examples import ResidualSet, cached_streams
 from sae_core.training.recipe import (
     CORPUS_KEEP,
     CORPUS_KEEP_OTHERS,
+    DENSE_HOOK_POINT,
     HEAD_CONFIG,
-    HOOK_POINT,
+    HOOK_POINTS,
     ORIGINS,
     PLANS,
     SAE_CONFIG,
 )
 from sae_core.training.sae_train_config import SAETrainConfig
 from sae_core.training.sae_trainer import TrainProgress
-from sae_core.training.token_features import (
-    latent_acts_of,
-    text_means,
-)
 from sae_core.training.train_saes import SAETrainInputs, train_saes
 
-SAE_ID = "l9"
 UNSEEN_LOGITS = "unseen_logits.npy"
 """Token logits of the training texts, each by heads that never saw its data set."""
 AGGREGATE = AggregateSpec(kind="max_window_mean", window=64, min_evidence_tokens=0)
@@ -73,7 +75,7 @@ class BuildInputs:
     model_package: str | None
     """The package of the index that carries the weights, if one does."""
     corpus: Path
-    """Folder of JSON lines (plain or gzipped) with `text` and `source`: the SAE's texts."""
+    """Folder of JSON lines (plain or gzipped) with `text` and `source`: the SAEs' texts."""
     train: Path
     """Labelled JSON lines that latents and heads are fitted on."""
     val: Path
@@ -84,21 +86,41 @@ class BuildInputs:
     """The bundle folder."""
     name: str = "gemma3-270m-default"
     version: int = 1
-    hook_point: str = HOOK_POINT
-    """Where the SAE and the dense heads read."""
+    hook_points: tuple[str, ...] = HOOK_POINTS
+    """Where the SAEs read, one each."""
+    dense_hook_point: str = DENSE_HOOK_POINT
+    """Where the dense heads read; one of `hook_points`."""
     sae_config: SAETrainConfig = SAE_CONFIG
     head_config: HeadConfig = HEAD_CONFIG
     plans: tuple[ClusterPlan, ...] = PLANS
     origins: Mapping[str, str] = field(default_factory=lambda: ORIGINS)
     """Data sets that were made from another, or with it, and who made them: held out together."""
 
+    @property
+    def sae_folders(self) -> dict[str, Path]:
+        """Where stage 1 writes each SAE, by its id."""
+        return {sae_id_of(point): self.work / "saes" / point for point in self.hook_points}
 
-def build_sae(inputs: BuildInputs, say: Say = lambda line: None) -> Path:
-    """Stage 1: the SAE, from a mixture of the corpus; one document in a hundred is held out."""
-    folder = inputs.work / "sae"
-    if (folder / "cfg.json").is_file():
-        return folder
 
+def sae_id_of(hook_point: str) -> str:
+    """What a bundle calls the SAE that reads there, such as l9 after nine blocks."""
+    return f"l{parse_hook_point(hook_point).layer + 1}"
+
+
+def build_saes(inputs: BuildInputs, say: Say = lambda line: None) -> Dictionary:
+    """Stage 1: SAEs from a mixture of the corpus; one document in a hundred is held out."""
+    folders = inputs.sae_folders
+    if not all((folder / "cfg.json").is_file() for folder in folders.values()):
+        _train(inputs, say)
+    return Dictionary(
+        [
+            PlacedSAE(sae_id_of(point), point, load_sae(folders[sae_id_of(point)]))
+            for point in inputs.hook_points
+        ]
+    )
+
+
+def _train(inputs: BuildInputs, say: Say) -> None:
     said = 0.0
 
     def progress(p: TrainProgress) -> None:
@@ -107,16 +129,19 @@ def build_sae(inputs: BuildInputs, say: Say = lambda line: None) -> Path:
         if share - said < 0.01:
             return
         said = share
-        (stats,) = p.stats.values()
-        say(
-            f"{p.n_tokens} of {p.total_tokens} tokens, FVU {stats.fvu:.3f}, L0 {stats.l0:.1f}, "
-            f"dead {stats.dead_share:.1%}, {p.tokens_per_second:.0f} tokens/s"
+        saes = ", ".join(
+            f"{name}: FVU {one.fvu:.3f}, L0 {one.l0:.1f}, dead {one.dead_share:.1%}"
+            for name, one in p.stats.items()
         )
+        say(f"{p.n_tokens} of {p.total_tokens} tokens, {p.tokens_per_second:.0f} tokens/s; {saes}")
 
-    (outcome,) = train_saes(
+    outcomes = train_saes(
         SAETrainInputs(
             config=inputs.sae_config,
-            folders={parse_hook_point(inputs.hook_point): folder},
+            folders={
+                parse_hook_point(point): inputs.sae_folders[sae_id_of(point)]
+                for point in inputs.hook_points
+            },
             model_folder=inputs.model_folder,
             model_name=inputs.model_id,
             texts=corpus_texts([inputs.corpus], keep=CORPUS_KEEP, default_keep=CORPUS_KEEP_OTHERS),
@@ -125,24 +150,24 @@ def build_sae(inputs: BuildInputs, say: Say = lambda line: None) -> Path:
             store_dtype="bfloat16",
         ),
         progress=progress,
-    ).values()
-    report = outcome.report
-    say(f"SAE: FVU {report.fvu:.4f}, L0 {report.l0:.1f}, dead {report.dead_share:.2%} (held out)")
-    return folder
+    )
+    for name, one in outcomes.items():
+        found = one.report
+        say(f"{name}: FVU {found.fvu:.4f}, L0 {found.l0:.1f}, dead {found.dead_share:.2%}")
 
 
 def build_residuals(
     inputs: BuildInputs, rows: Sequence[LabelledText], name: str, say: Say
-) -> ResidualSet:
+) -> dict[str, ResidualSet]:
     """Stage 2: residuals of labelled texts, in float32 and whole, as texts are served."""
-    hook_point = parse_hook_point(inputs.hook_point)
-    model = load_language_model(inputs.model_folder, [hook_point])
-    return cached_residuals(
+    points = [parse_hook_point(point) for point in inputs.hook_points]
+    model = load_language_model(inputs.model_folder, points)
+    return cached_streams(
         [row.text for row in rows],
         load_tokenizer(inputs.model_folder),
-        language_model_forward(model, hook_point, mixed_precision=False),
+        LanguageModelForward(model, mixed_precision=False),
         inputs.work / f"resid_{name}",
-        identity=f"{inputs.model_id} {hook_point} float32",
+        identity=f"{inputs.model_id} float32",
         max_tokens=MAX_TOKENS,
         progress=lambda done, total: say(f"residuals of {name}: {done} of {total} tokens"),
     )
@@ -151,47 +176,47 @@ def build_residuals(
 def build_heads(inputs: BuildInputs, say: Say = lambda line: None) -> dict[str, Any]:
     """Stages 2 and 3: latents by contrast, dense and SAE heads, fusion; on `train` alone."""
     path = inputs.work / "heads.json"
-    sae_path = inputs.work / "sae"
     if path.is_file():
         found: dict[str, Any] = json.loads(path.read_text())
         return found
-    rows, texts = train_texts(inputs, say)
-    sae, config, plans = load_sae(sae_path), inputs.head_config, inputs.plans
+    dictionary = build_saes(inputs, say)
+    rows, streams = train_texts(inputs, say)
+    config, plans = inputs.head_config, inputs.plans
     say("latent activations of every text")
-    acts = text_acts(sae, texts)
-    means = text_means(np.asarray(texts.resid), texts.starts)
+    read = ReadTexts.of(streams, dictionary, inputs.dense_hook_point)
     folds = source_folds(rows, config.n_folds, inputs.origins)
     say(f"dense penalty over {config.n_folds} folds of data sets")
-    l2, l2_results = choose_l2(plans, rows, means, folds, config)
+    l2, l2_results = choose_l2(plans, rows, read.means, folds, config)
     say(f"dense penalty {l2:g}; AUROC on unseen data sets {l2_results}")
-    pairs = cross_fitted_pairs(
-        plans, rows, texts, means, acts, sae, folds, l2, config, progress=say
-    )
-    fusion = fit_fusion(plans, rows, pairs, texts.starts, config)
+    pairs = cross_fitted_pairs(plans, rows, read, folds, l2, config, progress=say)
+    fusion = fit_fusion(plans, rows, pairs, shared(streams).starts, config)
     np.save(inputs.work / UNSEEN_LOGITS, _fused(fusion, pairs))
     say("heads on all data sets")
-    heads = fit_heads(plans, rows, means, acts, l2, config)
-    labels = _labels(heads, sae, texts, load_tokenizer(inputs.model_folder))
+    heads = fit_heads(plans, rows, read.means, read.acts, l2, config)
+    labels = _labels(heads, read, load_tokenizer(inputs.model_folder))
     content = {
         "data_digest": data_digest(rows),
         "l2": l2,
         "l2_results": l2_results,
         "clusters": [
-            _cluster_json(plan, column, heads, fusion, labels) for column, plan in enumerate(plans)
+            _cluster_json(plan, column, heads, fusion, dictionary, labels)
+            for column, plan in enumerate(plans)
         ],
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
     return content
 
 
-def train_texts(inputs: BuildInputs, say: Say) -> tuple[tuple[LabelledText, ...], ResidualSet]:
-    """The rows of `train` that have a token to score, and their residuals."""
+def train_texts(
+    inputs: BuildInputs, say: Say
+) -> tuple[tuple[LabelledText, ...], dict[str, ResidualSet]]:
+    """The rows of `train` that have a token to score, and their residuals by hook point."""
     rows = read_labelled(inputs.train)
-    texts = build_residuals(inputs, rows, "train", say=say)
-    usable = np.flatnonzero(np.diff(texts.starts) > 0)
+    streams = build_residuals(inputs, rows, "train", say=say)
+    usable = np.flatnonzero(np.diff(shared(streams).starts) > 0)
     if len(usable) == len(rows):
-        return tuple(rows), texts
-    return tuple(rows[int(i)] for i in usable), texts.subset(usable)
+        return tuple(rows), streams
+    return tuple(rows[int(i)] for i in usable), some_texts(streams, usable)
 
 
 def _fused(
@@ -202,20 +227,24 @@ def _fused(
     return np.stack([fused, dense, sae], axis=-1).astype(np.float32)
 
 
-def _labels(
-    heads: FittedHeads, sae: SAE, texts: ResidualSet, tokenizer: Tokenizer
-) -> dict[int, str]:
+def _labels(heads: FittedHeads, read: ReadTexts, tokenizer: Tokenizer) -> dict[int, str]:
     ids = sorted({e.latent_id for head in heads.sae for e in head.evidence})
-    unique, where = np.unique(texts.token_ids, return_inverse=True)
+    unique, where = np.unique(shared(read.streams).token_ids, return_inverse=True)
     names = np.array([tokenizer.token_texts([int(i)])[0] for i in unique])
-    acts = latent_acts_of(sae, texts, ids)
+    acts = read.dictionary.acts_of(read.streams, ids)
     return dict(zip(ids, latent_labels(acts, names[where].tolist()), strict=True))
 
 
 def _cluster_json(
-    plan: ClusterPlan, column: int, heads: FittedHeads, fusion: Fusion, labels: dict[int, str]
+    plan: ClusterPlan,
+    column: int,
+    heads: FittedHeads,
+    fusion: Fusion,
+    dictionary: Dictionary,
+    labels: Mapping[int, str],
 ) -> dict[str, Any]:
     head = heads.sae[column]
+    names = [dictionary.name_of(evidence.latent_id) for evidence in head.evidence]
     order = np.argsort(-head.weight, kind="stable")
     return {
         "id": plan.id,
@@ -224,11 +253,15 @@ def _cluster_json(
         "categories": list(plan.categories),
         "latents": [
             {
-                "id": head.evidence[i].latent_id,
+                "sae": names[i][0],
+                "id": names[i][1],
                 "weight": float(f"{head.weight[i]:.6g}"),
                 "scale": float(f"{head.scale[i]:.6g}"),
                 "label": labels[head.evidence[i].latent_id],
-                "evidence": {k: round(v, 4) for k, v in head.evidence[i]._asdict().items()},
+                "evidence": {
+                    **{k: round(v, 4) for k, v in head.evidence[i]._asdict().items()},
+                    "latent_id": names[i][1],
+                },
             }
             for i in order
         ],
@@ -242,14 +275,14 @@ def _cluster_json(
     }
 
 
-def cluster_heads(content: dict[str, Any], hook_point: str) -> ClusterHeads:
+def cluster_heads(content: dict[str, Any], inputs: BuildInputs) -> ClusterHeads:
     """The heads of stage 3, as they will be served."""
     clusters = [
         Cluster(
             id=c["id"],
             latents=tuple(
                 LatentTerm(
-                    sae=SAE_ID,
+                    sae=t["sae"],
                     latent_id=t["id"],
                     weight=t["weight"],
                     scale=t["scale"],
@@ -260,11 +293,11 @@ def cluster_heads(content: dict[str, Any], hook_point: str) -> ClusterHeads:
             transform="clip",
             dense_weight=np.array(c["dense_weight"], np.float32),
             dense_bias=float(np.float32(c["dense_bias"])),
-            dense_hook_point=hook_point,
+            dense_hook_point=inputs.dense_hook_point,
             fusion_sae=c["fusion"]["sae"],
             fusion_dense=c["fusion"]["dense"],
             fusion_bias=c["fusion"]["bias"],
         )
         for c in content["clusters"]
     ]
-    return ClusterHeads(clusters, [SAE_ID])
+    return ClusterHeads(clusters, list(inputs.sae_folders))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,9 @@ class BundleParts:
     model_package: str | None
     model_digest: str
     tokenizer_digest: str
-    sae_id: str
-    sae_folder: Path
-    hook_point: str
+    saes: Mapping[str, tuple[str, Path]]
+    """By id where each SAE reads, and the folder it is in."""
+    dense_hook_point: str
     heads: dict[str, Any]
     """Stage 3's content."""
     specs: tuple[AggregateSpec, ...]
@@ -49,8 +49,8 @@ class BundleParts:
     unseen: UnseenFigures
     probes: Sequence[str]
     """Texts of fidelity.jsonl."""
-    bands: Bands
-    """Of the SAE, on the probe texts."""
+    bands: Mapping[str, Bands]
+    """Of each SAE, on the probe texts."""
     canaries: Sequence[dict[str, Any]]
     """Rows of canaries.jsonl."""
 
@@ -59,10 +59,10 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
     """Write or overwrite the folder's files; manifest and canaries' scores are removed."""
     for name in ("calibration", "fidelity"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    sae_path = f"saes/{parts.sae_id}"
-    (folder / sae_path).mkdir(parents=True, exist_ok=True)
-    for name in SAE_FILES:
-        shutil.copyfile(parts.sae_folder / name, folder / sae_path / name)
+    for sae_id, (_, place) in parts.saes.items():
+        (folder / "saes" / sae_id).mkdir(parents=True, exist_ok=True)
+        for name in SAE_FILES:
+            shutil.copyfile(place / name, folder / "saes" / sae_id / name)
     for stale in ("MANIFEST.json", "canaries/expected.json"):
         (folder / stale).unlink(missing_ok=True)
     tensors = {}
@@ -77,7 +77,7 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
             **_rounded(parts.figures.to_json()),
             "unseen_sources": _rounded(parts.unseen.to_json()),
             "latents": {
-                c["id"]: [{"id": t["id"], **t["evidence"]} for t in c["latents"]]
+                c["id"]: [{"sae": t["sae"], "id": t["id"], **t["evidence"]} for t in c["latents"]]
                 for c in parts.heads["clusters"]
             },
         },
@@ -85,13 +85,18 @@ def write_bundle(folder: Path, parts: BundleParts) -> None:
     text = yaml.safe_dump(bundle_content(parts), sort_keys=False, allow_unicode=True, width=100)
     (folder / "bundle.yaml").write_text(text, encoding="utf-8")
     write_json_lines(folder / "fidelity.jsonl", probe_rows(parts.probes))
-    _write_json(folder / "fidelity" / f"{parts.sae_id}.json", parts.bands.to_json())
+    for sae_id, bands in parts.bands.items():
+        _write_json(folder / "fidelity" / f"{sae_id}.json", bands.to_json())
     write_json_lines(folder / "canaries.jsonl", parts.canaries)
-    sae_cfg = json.loads((parts.sae_folder / "cfg.json").read_text(encoding="utf-8"))
+    sae_cfgs = {
+        sae_id: json.loads((place / "cfg.json").read_text(encoding="utf-8"))
+        for sae_id, (_, place) in parts.saes.items()
+    }
     card = bundle_card(
         parts.name,
         parts.artefact,
-        sae_cfg,
+        parts.dense_hook_point,
+        sae_cfgs,
         parts.figures,
         parts.unseen,
     )
@@ -114,8 +119,11 @@ def bundle_content(parts: BundleParts) -> dict[str, Any]:
         "name": parts.name,
         "version": parts.version,
         "model": {key: value for key, value in model.items() if value is not None},
-        "saes": {parts.sae_id: {"path": f"saes/{parts.sae_id}", "hook_point": parts.hook_point}},
-        "dense_heads": {c["id"]: {"hook_point": parts.hook_point} for c in clusters},
+        "saes": {
+            sae_id: {"path": f"saes/{sae_id}", "hook_point": hook_point}
+            for sae_id, (hook_point, _) in parts.saes.items()
+        },
+        "dense_heads": {c["id"]: {"hook_point": parts.dense_hook_point} for c in clusters},
         "clusters": clusters,
         "rules": [],
         "policies": {"default": {"mode": "monitor", "on_error": "allow", "deadline_ms": 2000}},
@@ -132,8 +140,7 @@ def _cluster_content(
         "severity": cluster["severity"],
         "stages": ["prompt", "completion"],
         "latents": [
-            {"sae": parts.sae_id, **{k: t[k] for k in ("id", "weight", "scale", "label")}}
-            for t in cluster["latents"]
+            {k: t[k] for k in ("sae", "id", "weight", "scale", "label")} for t in cluster["latents"]
         ],
         "transform": "clip",
         "dense_head": cluster["id"],

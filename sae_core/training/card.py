@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from sae_core.evaluation.detection import Evaluation
@@ -22,10 +23,48 @@ of Use (ai.google.dev/gemma/terms). SAE and heads were trained on its activation
 before you redistribute either."""
 
 
+def _saes(sae_cfgs: Mapping[str, dict[str, Any]]) -> str:
+    """How the SAEs were made, and a table of what each is like."""
+    facts = {sae_id: cfg["metadata"] for sae_id, cfg in sae_cfgs.items()}
+    first = next(iter(facts.values()))
+    training, n_tokens = first["training"], first["held_out"]["n_tokens"]
+    lines = [
+        f"""\
+## The SAEs
+BatchTopK, k {training["l0_target"]:g}, stored as JumpReLU with one threshold each (SAELens v6,
+bfloat16). Trained on the same {training["tokens_seen"]:,} tokens, a mixture in which dialogue and
+harmful text is over-represented; contexts of {training["context_tokens"]} tokens that begin with
+BOS, BOS itself left out.
+
+On {n_tokens:,} held-out tokens of the plain corpus, float32. One dimension may hold more than half
+of the variance and is easy, so the median FVU over dimensions is the more telling number. Dead are
+those that did not fire on these tokens; in brackets, on the last {training["dead_after_tokens"]:,}
+of training.
+
+| SAE | reads | latents | FVU | median | L0 | dead | loss recovered |
+|---|---|---|---|---|---|---|---|"""
+    ]
+    for sae_id, fact in facts.items():
+        held, loss = fact["held_out"], fact.get("loss_recovered")
+        recovered = f"{loss['recovered']:.1%}" if isinstance(loss, Mapping) else "not measured"
+        lines.append(
+            f"| {sae_id} | {sae_cfgs[sae_id]['metadata']['hook_name']} "
+            f"| {sae_cfgs[sae_id]['d_sae']} | {held['fvu']:.4f} "
+            f"| {held['fvu_median_dimension']:.3f} | {held['l0']:.1f} "
+            f"| {held['dead_share']:.1%} ({fact['training']['dead_share']:.2%}) | {recovered} |"
+        )
+    lines += ["", "Latents by firing rate on those tokens:"]
+    for sae_id, fact in facts.items():
+        histogram = fact["held_out"]["firing_rate_histogram"].items()
+        lines.append(f"- {sae_id}: " + ", ".join(f"{rate}: {n}" for rate, n in histogram))
+    return "\n".join(lines)
+
+
 def bundle_card(
     name: str,
     artefact: dict[str, Any],
-    sae_cfg: dict[str, Any],
+    dense_hook_point: str,
+    sae_cfgs: Mapping[str, dict[str, Any]],
     figures: Evaluation,
     unseen: UnseenFigures,
 ) -> str:
@@ -33,29 +72,14 @@ def bundle_card(
     overall = {d.score: d.auroc.value for d in figures.overall}
     tfidf = overall[TFIDF]
     elsewhere = {name: found.auroc.value for name, found in unseen.overall.figures.items()}
-    training = sae_cfg["metadata"]["training"]
-    held_out = sae_cfg["metadata"]["held_out"]
-    histogram = ", ".join(f"{k}: {v}" for k, v in held_out["firing_rate_histogram"].items())
     claims = artefact["policy"]["fused"]
     return f"""\
 # {name}
 
-{len(artefact["clusters"])} risk clusters on the residual stream of {artefact["model"]} at
-{artefact["hook_point"]}, each with a sparse set of SAE latents, a dense head, and their fusion.
+{len(artefact["clusters"])} risk clusters on the residual stream of {artefact["model"]}, each with
+a sparse set of SAE latents, a dense head at {dense_hook_point}, and their fusion.
 
-## The SAE
-BatchTopK, {sae_cfg["d_sae"]} latents, k {training["l0_target"]:g}, stored as JumpReLU with one
-threshold (SAELens v6, bfloat16). Trained on {training["tokens_seen"]:,} tokens, a mixture in which
-dialogue and harmful text is over-represented; contexts of {training["context_tokens"]} tokens that
-begin with BOS, BOS itself left out.
-
-On {held_out["n_tokens"]:,} held-out tokens of the plain corpus, float32: FVU {held_out["fvu"]:.4f}
-(median over dimensions {held_out["fvu_median_dimension"]:.3f}: one dimension holds more than half
-of the variance and is easy, so the median is the more telling number), L0 {held_out["l0"]:.1f},
-latents that never fired {held_out["dead_share"]:.2%} (on the last
-{training["dead_after_tokens"]:,} tokens of training {training["dead_share"]:.2%}).
-
-Latents by firing rate on those tokens: {histogram}.
+{_saes(sae_cfgs)}
 
 ## Thresholds
 - {claims["flag"]["claim"]}
@@ -76,8 +100,10 @@ the data sets they are tried on raised {_raised(artefact, "flag")} and, as alert
 - The model is small and a base model; it knows topics better than intentions. Text that only looks
   dangerous (security work, medicine, news, fiction) is the main source of false alarms, and
   paraphrase, obfuscation, other languages and encodings the main source of misses. Of 100 harmful
-  validation rows 51 were flagged as they are, 19 with typos and none in leetspeak; the others have
-  not been measured (benchmarks/LOG.md, 2026-11-24).
+  validation rows version 3 flagged 51 as they are, 19 with typos, none in leetspeak, 29 in base64,
+  31 in capitals, 3 in random case, 20 and 19 with benign text before and behind; of 50 benign ones
+  2, and 0, 0, 6, 1, 0, 4 and 5. Other languages have not been measured (benchmarks/LOG.md,
+  2026-12-01).
 - On data sets that the heads were not fitted on, detection is clearly worse than on validation
   rows of known data sets; the last table is the honest one.
 - weapons_drugs, self_harm and sexual_content rest on about a hundred examples each; their

@@ -16,7 +16,7 @@ from numpy import ndarray
 
 from sae_core.evaluation.data import LabelledText
 from sae_core.evaluation.detection import auroc
-from sae_core.sae import SAE
+from sae_core.training.dictionary import Dictionary, ReadTexts, Streams, shared, some_texts
 from sae_core.training.discovery import (
     ClusterPlan,
     LatentEvidence,
@@ -24,9 +24,8 @@ from sae_core.training.discovery import (
     benign_ranks,
     rank_latents,
 )
-from sae_core.training.examples import ResidualSet
 from sae_core.training.linear_heads import LinearHeads, fit_linear_heads
-from sae_core.training.token_features import latent_acts_of, text_means
+from sae_core.training.token_features import text_means
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,15 +240,16 @@ class Fusion(NamedTuple):
 
 
 def token_pairs(
-    heads: FittedHeads, texts: ResidualSet, sae: SAE
+    heads: FittedHeads, streams: Streams, dictionary: Dictionary, dense_hook_point: str
 ) -> Float32[ndarray, "total n_clusters 2"]:
     """SAE and dense logit of every token."""
-    pairs = np.empty((len(texts.resid), len(heads.sae), 2), np.float32)
-    pairs[:, :, 1] = heads.dense.logits(np.asarray(texts.resid))
+    resid = np.asarray(streams[dense_hook_point].resid)
+    pairs = np.empty((len(resid), len(heads.sae), 2), np.float32)
+    pairs[:, :, 1] = heads.dense.logits(resid)
     for column, head in enumerate(heads.sae):
         ids = [e.latent_id for e in head.evidence]
         if ids:
-            acts = np.minimum(latent_acts_of(sae, texts, ids) / head.scale, 1.0)
+            acts = np.minimum(dictionary.acts_of(streams, ids) / head.scale, 1.0)
             pairs[:, column, 0] = acts @ head.weight
         else:
             pairs[:, column, 0] = 0.0
@@ -283,32 +283,30 @@ def fit_fusion(
 def cross_fitted_pairs(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
-    texts: ResidualSet,
-    means: Float32[ndarray, "n_texts d_in"],
-    acts: TextActs,
-    sae: SAE,
+    read: ReadTexts,
     folds: Int64[ndarray, " n_texts"],
     l2: float,
     config: HeadConfig,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Float32[ndarray, "total n_clusters 2"]:
     """Token logits of every text by heads that were fitted, latents chosen, on other folds."""
-    pairs = np.empty((len(texts.resid), len(plans), 2), np.float32)
+    texts = shared(read.streams)
+    pairs = np.empty((len(texts.token_ids), len(plans), 2), np.float32)
     for fold in range(config.n_folds):
         train, test = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         progress(f"fold {fold + 1} of {config.n_folds}: {len(train)} texts, {len(test)} held out")
         heads = fit_heads(
             plans,
             [rows[int(i)] for i in train],
-            means[train],
-            acts.of(train),
+            read.means[train],
+            read.acts.of(train),
             l2,
             config,
         )
-        held = texts.subset(test)
-        found = token_pairs(heads, held, sae)
+        held = some_texts(read.streams, test)
+        found = token_pairs(heads, held, read.dictionary, read.dense_hook_point)
         for position, text in enumerate(test):
-            pairs[texts.rows_of(int(text))] = found[held.rows_of(position)]
+            pairs[texts.rows_of(int(text))] = found[shared(held).rows_of(position)]
     return pairs
 
 

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64
 from numpy import ndarray
+from torch import Tensor
 
-from sae_core.training.activations import ContextForward, TextEncoder, TrainingError
+from sae_core.training.activations import (
+    ActivationsForward,
+    ContextForward,
+    TextEncoder,
+    TrainingError,
+)
 
 
 class ResidualSet:
@@ -62,39 +68,97 @@ def cached_residuals(
     forward_tokens: int = 4096,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ResidualSet:
-    """Residuals of the texts, read from `folder` where an earlier call left them.
+    """What `cached_streams` gives, of a forward pass that is read at one hook point."""
+    return _cached(
+        texts,
+        tokenizer,
+        ["resid"],
+        lambda contexts: {"resid": forward(contexts)},
+        folder,
+        identity=identity,
+        max_tokens=max_tokens,
+        forward_tokens=forward_tokens,
+        progress=progress,
+    )["resid"]
 
-    `identity` names model, hook point and dtype; a folder made for another identity or other
-    texts is computed anew. Texts longer than `max_tokens` are cut.
+
+def cached_streams(
+    texts: Sequence[str],
+    tokenizer: TextEncoder,
+    forward: ActivationsForward,
+    folder: Path,
+    *,
+    identity: str,
+    max_tokens: int = 2048,
+    forward_tokens: int = 4096,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, ResidualSet]:
+    """By hook point the residuals of the texts, read from `folder` where an earlier call left them.
+
+    `identity` names model and dtype; a folder made for another identity, other hook points or other
+    texts is computed anew, all hook points in one pass. Texts longer than `max_tokens` are cut.
     """
+    return _cached(
+        texts,
+        tokenizer,
+        list(forward.widths),
+        forward,
+        folder,
+        identity=json.dumps([identity, list(forward.widths)]),
+        max_tokens=max_tokens,
+        forward_tokens=forward_tokens,
+        progress=progress,
+    )
+
+
+def _cached(
+    texts: Sequence[str],
+    tokenizer: TextEncoder,
+    names: Sequence[str],
+    forward: Callable[[Sequence[Sequence[int]]], Mapping[str, Float[Tensor, "total _"]]],
+    folder: Path,
+    *,
+    identity: str,
+    max_tokens: int,
+    forward_tokens: int,
+    progress: Callable[[int, int], None],
+) -> dict[str, ResidualSet]:
     ids = [tokenizer.encode(text, add_bos=True)[: max_tokens + 1] for text in texts]
     key = hashlib.sha256(json.dumps([identity, ids]).encode()).hexdigest()
     lengths = np.array([len(some) - 1 for some in ids], np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     flat = np.array([i for some in ids for i in some[1:]], np.int32)
-    done, resid_path = folder / "key.txt", folder / "resid.npy"
+    done = folder / "key.txt"
     if not (done.is_file() and done.read_text() == key):
         folder.mkdir(parents=True, exist_ok=True)
         done.unlink(missing_ok=True)
-        resid: np.memmap | None = None
+        streams: dict[str, np.memmap] = {}
         n_done = 0
         for batch in _batches(lengths, forward_tokens):
-            rows = forward([ids[i] for i in batch]).float().cpu().numpy()
-            if resid is None:
-                shape = (int(starts[-1]), rows.shape[1])
-                resid = np.lib.format.open_memmap(resid_path, "w+", np.float32, shape)
             at = 0
-            for i in batch:
-                n = int(lengths[i])
-                resid[starts[i] : starts[i] + n] = rows[at : at + n]
-                at += n
+            for name, found in forward([ids[i] for i in batch]).items():
+                rows = found.float().cpu().numpy()
+                if name not in streams:
+                    shape = (int(starts[-1]), rows.shape[1])
+                    streams[name] = np.lib.format.open_memmap(
+                        folder / f"{name}.npy", "w+", np.float32, shape
+                    )
+                at = 0
+                for i in batch:
+                    n = int(lengths[i])
+                    streams[name][starts[i] : starts[i] + n] = rows[at : at + n]
+                    at += n
             n_done += at
             progress(n_done, int(starts[-1]))
-        if resid is None:
+        if not streams:
             raise TrainingError("no text to compute residuals of")
-        resid.flush()
+        for stream in streams.values():
+            stream.flush()
         done.write_text(key)
-    return ResidualSet(np.load(resid_path, mmap_mode="r"), flat, starts)
+    return {
+        name: ResidualSet(np.load(folder / f"{name}.npy", mmap_mode="r"), flat, starts)
+        for name in names
+    }
 
 
 def _batches(lengths: Int64[ndarray, " n"], n_tokens: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ dense.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -29,7 +30,7 @@ class LatentEntries:
         self.is_dense = not on_cpu or len(flat_ids) > DENSE_SHARE * n_rows * d_sae
         if not self.is_dense:
             self._starts = torch.searchsorted(self.row_ids, torch.arange(n_rows))
-            self._by_latent = torch.argsort(self.latent_ids, stable=True)
+            self._by_latent = _order_of(self.latent_ids, d_sae)
             counts = torch.bincount(self.latent_ids, minlength=d_sae)
             self._latent_starts = counts.cumsum(0) - counts
 
@@ -87,3 +88,10 @@ class _Decoded:
 
     def __init__(self, acts: Tensor, of: Tensor) -> None:
         self.acts, self.of = acts, of
+
+
+def _order_of(latent_ids: Int64[Tensor, " n"], d_sae: int) -> Int64[Tensor, " n"]:
+    """Stable order by latent; NumPy sorts numbers of 16 bits by their digits, in a third of
+    torch's time, and waits for no other thread."""
+    small = np.uint16 if d_sae <= 2**16 else np.int64
+    return torch.from_numpy(np.argsort(latent_ids.numpy().astype(small), kind="stable"))

@@ -6,8 +6,9 @@ from sae_core.training.dense_heads import HeadConfig
 from sae_core.training.discovery import BROAD, ClusterPlan
 from sae_core.training.sae_train_config import SAETrainConfig
 
-HOOK_POINT = "blocks.8.hook_resid_post"
+DENSE_HOOK_POINT = "blocks.8.hook_resid_post"
 """The ninth of Gemma 3 270M's eighteen layers: the middle, where topics are linear already."""
+HOOK_POINTS = (DENSE_HOOK_POINT,)
 
 SAE_CONFIG = SAETrainConfig(
     d_sae=8192,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn import functional
 
 from sae_core.errors import TrainingError
 from sae_core.sae_weights import SAEWeights
@@ -90,8 +91,9 @@ class SAELearner:
         if self.n_tokens == 0:
             self._fit_encoder_size(x)
         centred = x - p["b_dec"]
-        pre_acts = centred.to(self._compute) @ p["W_enc"].to(self._compute).T  # rows d_sae
-        pre_acts += p["b_enc"].to(self._compute)
+        pre_acts = functional.linear(  # rows d_sae
+            *(part.to(self._compute) for part in (centred, p["W_enc"], p["b_enc"]))
+        )
         flat_ids = self.gate.entries(pre_acts)
         entries = LatentEntries(flat_ids, *pre_acts.shape)
         latent_ids = entries.latent_ids

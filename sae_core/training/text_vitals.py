@@ -1,8 +1,8 @@
-"""What labelled texts do to the SAE and its registered latents, as the service measures it live."""
+"""What labelled texts do to SAEs and their registered latents, as the service measures it live."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,43 +11,47 @@ from numpy import ndarray
 
 from sae_core.hook_points import parse_hook_point
 from sae_core.live_fit import LiveFit
-from sae_core.sae import SAE
-from sae_core.training.examples import ResidualSet
+from sae_core.training.dictionary import Dictionary, Streams, shared
 from sae_core.vitals import TextVitals
 
 
 def text_vitals(
-    texts: ResidualSet,
+    streams: Streams,
     chosen: Int64[ndarray, " n"],
-    sae_id: str,
-    sae: SAE,
-    hook_point: str,
-    latent_ids: Sequence[int],
+    dictionary: Dictionary,
+    latent_ids: Mapping[str, Sequence[int]],
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[TextVitals]:
-    """Of each chosen text that has tokens: its registered latents, and the fit of the whole SAE.
+    """Of each chosen text that has tokens: its registered latents, and the fit of the whole SAEs.
 
     Args:
-        latent_ids: The registered latents, in the order of the heads.
+        latent_ids: By SAE the registered latents, in the order of the heads.
         progress: Texts done, and all of them.
     """
-    point = parse_hook_point(hook_point)
-    encode, fit = sae.slice(latent_ids), LiveFit({sae_id: (point, None, sae)})
+    points = {one.id: parse_hook_point(one.hook_point) for one in dictionary.saes}
+    encoders = [(one.id, one.sae.slice(latent_ids[one.id])) for one in dictionary.saes]
+    fit = LiveFit({one.id: (points[one.id], None, one.sae) for one in dictionary.saes})
     found = []
     for n_done, index in enumerate(chosen.tolist(), 1):
-        resid = torch.from_numpy(np.array(texts.resid[texts.rows_of(index)]))
+        rows = shared(streams).rows_of(index)
         progress(n_done, len(chosen))
-        if not len(resid):
+        if rows.start == rows.stop:
             continue
+        resid = {
+            points[one.id]: torch.from_numpy(np.array(streams[one.hook_point].resid[rows]))
+            for one in dictionary.saes
+        }
         with torch.inference_mode():
-            acts = encode(resid).numpy()
+            acts = np.concatenate(
+                [encode(resid[points[sae_id]]).numpy() for sae_id, encode in encoders], axis=1
+            )
         found.append(
             TextVitals(
                 n_tokens=len(acts),
                 firings=np.count_nonzero(acts, axis=0).astype(np.int64),
                 totals=acts.sum(axis=0, dtype=np.float64),
-                fits=fit({point: resid}, 1),  # its first token is not in the set
+                fits=fit(resid, 1),  # its first token is not in the set
             )
         )
     return found

@@ -10,7 +10,6 @@ from jaxtyping import Float32, Float64, Int64
 from numpy import ndarray
 
 from sae_core.aggregation import AggregateSpec, Aggregator
-from sae_core.heads import ClusterHeads
 from sae_core.sae import SAE
 from sae_core.training.examples import ResidualSet
 
@@ -63,21 +62,6 @@ def text_means(
         sums = np.add.reduceat(values, starts[:-1][full], axis=0)
         means[full] = sums / lengths[full][:, None]
     return means
-
-
-def token_logits(
-    texts: ResidualSet, sae_id: str, sae: SAE, hook_point: str, heads: ClusterHeads
-) -> Float32[ndarray, "total n_clusters 3"]:
-    """Fused, dense and SAE logit of every token, by the code that serves."""
-    logits = np.empty((len(texts.resid), len(heads.clusters), 3), np.float32)
-    encode = sae.slice(heads.latent_ids[sae_id])
-    for start in range(0, len(texts.resid), CHUNK_TOKENS):
-        part = slice(start, min(start + CHUNK_TOKENS, len(texts.resid)))
-        with torch.inference_mode():
-            resid = torch.from_numpy(np.array(texts.resid[part]))
-            found = heads({hook_point: resid}, {sae_id: encode(resid)})
-            logits[part] = torch.stack((found.fused, found.dense, found.sae), dim=-1).numpy()
-    return logits
 
 
 def text_scores(

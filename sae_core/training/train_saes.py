@@ -128,8 +128,13 @@ def train_saes(
         inputs.held_out, tokenizer, config.context_tokens, inputs.held_out_tokens
     )
     model_digest = digest_folder(inputs.model_folder)
-    model = load_language_model(inputs.model_folder, hook_points, device=config.device)
     mixed_precision = config.dtype == "bfloat16"
+    model = load_language_model(
+        inputs.model_folder,
+        hook_points,
+        device=config.device,
+        products="torch" if mixed_precision else "auto",  # oneDNN's own layout is of float32 alone
+    )
     trained = SAETrainer(
         config,
         inputs.texts,

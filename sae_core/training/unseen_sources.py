@@ -17,15 +17,14 @@ from numpy import ndarray
 from sae_core.aggregation import AggregateSpec
 from sae_core.evaluation.data import LabelledText
 from sae_core.evaluation.folds import SourceFold, fold_numbers
-from sae_core.sae import SAE
 from sae_core.training.dense_heads import (
     HeadConfig,
     cross_fitted_pairs,
     fit_fusion,
 )
-from sae_core.training.discovery import ClusterPlan, text_acts
-from sae_core.training.examples import ResidualSet
-from sae_core.training.token_features import text_means, text_scores
+from sae_core.training.dictionary import Dictionary, ReadTexts, Streams, shared
+from sae_core.training.discovery import ClusterPlan
+from sae_core.training.token_features import text_scores
 
 DENSE_L2 = 5e-2
 """The penalty that was best on unseen data sets of the default bundle; see `HeadConfig.l2_grid`."""
@@ -34,8 +33,9 @@ DENSE_L2 = 5e-2
 def unseen_source_scores(
     plans: Sequence[ClusterPlan],
     rows: Sequence[LabelledText],
-    texts: ResidualSet,
-    sae: SAE,
+    streams: Streams,
+    dictionary: Dictionary,
+    dense_hook_point: str,
     folds: Sequence[SourceFold],
     config: HeadConfig,
     aggregate: AggregateSpec,
@@ -48,7 +48,8 @@ def unseen_source_scores(
     Aggregated as `aggregate` says.
 
     Args:
-        texts: Residuals of the rows, each with one token at least.
+        streams: Residuals of the rows, each with one token at least.
+        dense_hook_point: Where dense heads read.
         folds: From `source_folds`; they hold every row out once.
         progress: Folds done, and all of them.
     """
@@ -63,24 +64,22 @@ def unseen_source_scores(
     pairs = cross_fitted_pairs(
         plans,
         rows,
-        texts,
-        text_means(np.asarray(texts.resid), texts.starts),
-        text_acts(sae, texts),
-        sae,
+        ReadTexts.of(streams, dictionary, dense_hook_point),
         numbers,
         l2,
         replace(config, n_folds=len(folds)),
         progress=fold_began,
     )
+    texts = shared(streams)
     text_of = texts.text_of_token()
     logits = np.empty((len(pairs), len(plans), 3), np.float32)
     for fold in folds:
-        part = texts.subset(fold.train)
+        lengths = np.diff(texts.starts)[fold.train]
         fusion = fit_fusion(
             plans,
             [rows[int(i)] for i in fold.train],
             pairs[np.isin(text_of, fold.train)],
-            part.starts,
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             config,
         )
         held = np.isin(text_of, fold.held)

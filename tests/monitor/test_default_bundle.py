@@ -51,9 +51,11 @@ def test_every_canary_was_measured_and_holds_with_room_for_rounding(bundle: Bund
 
 def test_most_registered_latents_fire_on_the_probe_texts(bundle: Bundle) -> None:
     assert bundle.probes == BUNDLE_PROBES
-    firings = bundle.fidelity["l9"]["firings"]
-    assert isinstance(firings, dict)
-    assert sum(count == 0 for count in firings.values()) < 0.15 * len(firings)
+    firings: list[int] = []
+    for bands in bundle.fidelity.values():
+        assert isinstance(bands["firings"], dict)
+        firings += bands["firings"].values()
+    assert sum(count == 0 for count in firings) < 0.15 * len(firings)
 
 
 def test_the_baseline_is_of_the_registered_latents(bundle: Bundle) -> None:
@@ -62,8 +64,9 @@ def test_the_baseline_is_of_the_registered_latents(bundle: Bundle) -> None:
     registered = sorted({(t.sae, t.id) for c in bundle.spec.clusters for t in c.latents})
     assert baseline.latents == tuple(registered)
     assert baseline.n_texts == artefact["n"]
-    assert {"registered_l0", "l0:l9", "fvu:l9"} <= baseline.ratios.keys()
-    assert baseline.ratios["fvu:l9"] < 0.05
+    for sae_id in bundle.spec.saes:
+        assert baseline.ratios[f"l0:{sae_id}"] > 0
+        assert baseline.ratios[f"fvu:{sae_id}"] < 0.05
     scores = artefact["baseline"]["scores"]
     assert list(scores) == [cluster.id for cluster in bundle.spec.clusters]
     assert all(one != artefact["clusters"][name]["benign_scores"] for name, one in scores.items())

@@ -20,7 +20,7 @@ from sae_core.training.dense_heads import HeadConfig
 from sae_core.training.discovery import BROAD, ClusterPlan
 from sae_core.training.sae_train_config import SAETrainConfig
 
-HOOK_POINT = "blocks.1.hook_resid_post"
+HOOK_POINTS = {"l1": "blocks.0.hook_resid_post", "l2": "blocks.1.hook_resid_post"}
 PLANS = (
     ClusterPlan(id="any", title="Any harm", severity="warning", categories=(BROAD,)),
     ClusterPlan(id="danger", title="Danger", severity="critical", categories=("danger",)),
@@ -69,7 +69,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildInputs, Evalua
         work=root / "work",
         out=root / "bundle",
         name="tiny",
-        hook_point=HOOK_POINT,
+        hook_points=tuple(HOOK_POINTS.values()),
+        dense_hook_point=HOOK_POINTS["l2"],
         sae_config=SAETrainConfig(
             d_sae=64,
             l0_target=8.0,
@@ -92,10 +93,13 @@ def test_bundle_has_every_file(built: tuple[BuildInputs, Evaluation]) -> None:
     assert names == {
         "bundle.yaml",
         "heads.safetensors",
-        "saes/l9/cfg.json",
-        "saes/l9/sae_weights.safetensors",
+        "saes/l1/cfg.json",
+        "saes/l1/sae_weights.safetensors",
+        "saes/l2/cfg.json",
+        "saes/l2/sae_weights.safetensors",
         "calibration/default.json",
-        "fidelity/l9.json",
+        "fidelity/l1.json",
+        "fidelity/l2.json",
         "fidelity.jsonl",
         "canaries.jsonl",
         "evaluation.json",
@@ -108,8 +112,10 @@ def test_parts_fit_each_other(built: tuple[BuildInputs, Evaluation]) -> None:
     spec = yaml.safe_load((out / "bundle.yaml").read_text())
     artefact = json.loads((out / "calibration" / "default.json").read_text())
     heads = load_file(out / "heads.safetensors")
-    sae = load_sae(out / spec["saes"]["l9"]["path"])
-    assert sae.card.hook_point == spec["saes"]["l9"]["hook_point"] == HOOK_POINT
+    assert {name: ref["hook_point"] for name, ref in spec["saes"].items()} == HOOK_POINTS
+    for ref in spec["saes"].values():
+        assert load_sae(out / ref["path"]).card.hook_point == ref["hook_point"]
+    assert {ref["hook_point"] for ref in spec["dense_heads"].values()} == {HOOK_POINTS["l2"]}
     assert artefact["calibrated"] is True
     for cluster in spec["clusters"]:
         entry = artefact["clusters"][cluster["id"]]
@@ -119,6 +125,7 @@ def test_parts_fit_each_other(built: tuple[BuildInputs, Evaluation]) -> None:
         assert heads[f"dense/{cluster['id']}/weight"].shape == (32,)
         assert cluster["latents"]
         assert all(0 <= t["id"] < 64 and t["weight"] > 0 for t in cluster["latents"])
+    assert {t["sae"] for c in spec["clusters"] for t in c["latents"]} == HOOK_POINTS.keys()
     assert "Gemma Terms" in (out / "CARD.md").read_text()
 
 
@@ -130,31 +137,34 @@ def test_baseline_is_what_the_benign_texts_do_to_the_sae(
     artefact = json.loads((out / "calibration" / "default.json").read_text())
     baseline = Baseline.from_json(artefact["baseline"], "default.json")
     spec = yaml.safe_load((out / "bundle.yaml").read_text())
-    ids = sorted({t["id"] for c in spec["clusters"] for t in c["latents"]})
-    assert baseline.latents == tuple(("l9", i) for i in ids)
+    latents = sorted({(t["sae"], t["id"]) for c in spec["clusters"] for t in c["latents"]})
+    assert baseline.latents == tuple(latents)
 
-    sae, tokenizer = load_sae(out / "saes/l9"), load_tokenizer(inputs.model_folder)
-    n, firings, active, error = 0, np.zeros(len(ids)), 0.0, 0.0
-    variance = 0.0
-    for name, path in (("train", inputs.train), ("val", inputs.val)):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        resid = np.load(inputs.work / f"resid_{name}" / "resid.npy")
-        lengths = [len(tokenizer.encode(row["text"], add_bos=True)) - 1 for row in rows]
-        per_text = np.split(resid, np.cumsum(lengths)[:-1])
-        for row, x in zip(rows, per_text, strict=True):
-            if row["label"] == "harmful":
-                continue
-            acts = sae.encode(torch.from_numpy(x))
-            n += len(x)
-            firings += (acts[:, ids] != 0).sum(0).numpy()
-            active += float((acts != 0).sum())
-            recons = sae.decode(acts).numpy()
-            error += float(((x - recons).astype(np.float64) ** 2).sum())
-            variance += float(((x - x.mean(0)).astype(np.float64) ** 2).sum())
-    assert baseline.n_tokens == n
-    np.testing.assert_array_equal(baseline.firings, firings)
-    assert baseline.ratios["l0:l9"] == pytest.approx(active / n, rel=1e-5)
-    assert baseline.ratios["fvu:l9"] == pytest.approx(error / variance, rel=1e-4)
+    tokenizer = load_tokenizer(inputs.model_folder)
+    for sae_id, hook_point in HOOK_POINTS.items():
+        sae = load_sae(out / "saes" / sae_id)
+        ids = [latent for name, latent in latents if name == sae_id]
+        n, firings, active, error, variance = 0, np.zeros(len(ids)), 0.0, 0.0, 0.0
+        for name, path in (("train", inputs.train), ("val", inputs.val)):
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            resid = np.load(inputs.work / f"resid_{name}" / f"{hook_point}.npy")
+            lengths = [len(tokenizer.encode(row["text"], add_bos=True)) - 1 for row in rows]
+            per_text = np.split(resid, np.cumsum(lengths)[:-1])
+            for row, x in zip(rows, per_text, strict=True):
+                if row["label"] == "harmful":
+                    continue
+                acts = sae.encode(torch.from_numpy(x))
+                n += len(x)
+                firings += (acts[:, ids] != 0).sum(0).numpy()
+                active += float((acts != 0).sum())
+                recons = sae.decode(acts).numpy()
+                error += float(((x - recons).astype(np.float64) ** 2).sum())
+                variance += float(((x - x.mean(0)).astype(np.float64) ** 2).sum())
+        own = [column for column, (name, _) in enumerate(latents) if name == sae_id]
+        assert baseline.n_tokens == n
+        np.testing.assert_array_equal(np.array(baseline.firings)[own], firings)
+        assert baseline.ratios[f"l0:{sae_id}"] == pytest.approx(active / n, rel=1e-5)
+        assert baseline.ratios[f"fvu:{sae_id}"] == pytest.approx(error / variance, rel=1e-4)
 
 
 def test_unseen_figures_are_of_heads_that_had_not_seen_the_data_set(

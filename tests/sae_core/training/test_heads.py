@@ -20,6 +20,7 @@ from sae_core.training.dense_heads import (
     source_folds,
     targets_of,
 )
+from sae_core.training.dictionary import Dictionary, PlacedSAE, ReadTexts
 from sae_core.training.discovery import (
     BROAD,
     ClusterPlan,
@@ -176,12 +177,12 @@ def test_folds_keep_a_data_set_whole() -> None:
 def test_heads_fusion_and_served_aggregation_agree() -> None:
     rows, texts = _labelled()
     sae, plans = _identity_sae(), [ANY, PLAN]
-    acts = text_acts(sae, texts)
-    means = text_means(texts.resid, texts.starts)
+    read = ReadTexts.of({"here": texts}, Dictionary([PlacedSAE("a", "here", sae)]), "here")
+    acts, means = read.acts, read.means
     folds = source_folds(rows, CONFIG.n_folds, {})
     l2, results = choose_l2(plans, rows, means, folds, CONFIG)
     assert results[l2] == max(results.values()) > 0.9
-    pairs = cross_fitted_pairs(plans, rows, texts, means, acts, sae, folds, l2, CONFIG)
+    pairs = cross_fitted_pairs(plans, rows, read, folds, l2, CONFIG)
     fusion = fit_fusion(plans, rows, pairs, texts.starts, CONFIG)
     assert (fusion.sae >= 0).all()
     assert (fusion.dense >= 0).all()
