@@ -403,11 +403,13 @@ def configure_logging(level: str, as_json: bool) -> None:
 
 
 def wait_briefly() -> None:
-    """Has OpenMP's idle threads sleep after tens of microseconds; before torch is imported.
+    """Has OpenMP's idle threads wait some microseconds, then sleep; before torch is imported.
 
-    Those of torch's builds for Linux stay awake for milliseconds after each operation, on a core
-    that the event loop or the engine's own thread needs (benchmarks/LOG.md, 2026-12-01). Where the
-    environment says how they wait, nothing is changed.
+    Those of torch's builds for Linux (libgomp) stay awake for milliseconds after each operation, on
+    a core that the event loop needs; and where several threads of the process have used torch,
+    they sleep at once, and every operation waits for them to wake. Asked to wait actively, they
+    spin 1,000 times in the second case, and as often as is said in the first
+    (benchmarks/LOG.md, 2026-12-01). Where the environment says how they wait, nothing is changed.
     """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+        os.environ |= {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "2000"}

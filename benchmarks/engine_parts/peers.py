@@ -45,7 +45,15 @@ class Peer:
         }
         worker = Path(__file__).with_name("peer_worker.py")
         # Its models are on disk, and its folder's modules are ours: -P keeps them out of its way.
-        command = ["env", "-u", "GOMP_SPINCOUNT", f"OMP_NUM_THREADS={threads}", "HF_HUB_OFFLINE=1"]
+        command = [
+            "env",
+            "-u",
+            "GOMP_SPINCOUNT",
+            "-u",
+            "OMP_WAIT_POLICY",
+            f"OMP_NUM_THREADS={threads}",
+            "HF_HUB_OFFLINE=1",
+        ]
         command += [python, "-P", str(worker), json.dumps(given)]
         self._errors: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives with the process
         self._process = subprocess.Popen(
