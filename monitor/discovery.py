@@ -27,9 +27,15 @@ from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.sae import SAE
 from sae_core.scorer import reading_shift
 from sae_core.training.activations import ContextForward, language_model_forward
-from sae_core.training.discovery import BROAD, ClusterPlan, text_acts
+from sae_core.training.discovery import BROAD, ClusterPlan, SilencePlan, text_acts
 from sae_core.training.examples import ResidualSet, cached_residuals
-from sae_core.training.findings import DiscoverySettings, RiskFindings, find_latents
+from sae_core.training.findings import (
+    DiscoverySettings,
+    RiskFindings,
+    SilentFindings,
+    find_latents,
+    find_silent,
+)
 from sae_core.training.token_features import latent_acts_of, text_scores
 
 Progress = Callable[[str, float], None]
@@ -47,6 +53,8 @@ class Discovery:
     n_texts: int
     findings: Mapping[str, tuple[RiskFindings, ...]]
     """By SAE id; the same risks in the same order for each."""
+    silent: Mapping[str, tuple[SilentFindings, ...]]
+    """By SAE id; none of them goes into a bundle."""
     texts: Mapping[str, ResidualSet]
     """By SAE id, what it read; for thresholds."""
     saes: Mapping[str, SAE]
@@ -88,6 +96,42 @@ def risks_of(
     return tuple(plans)
 
 
+def silences_of(rows: Sequence[LabelledText], given: Sequence[str]) -> tuple[SilencePlan, ...]:
+    """What latents may go silent in.
+
+    Args:
+        given: Each `id=event,event:reference,reference`, categories of texts of any label.
+
+    Raises:
+        EvaluationError: Not of that form, or a category that no text has.
+    """
+    known = {row.category for row in rows if row.category}
+    plans: list[SilencePlan] = []
+    for text in given:
+        name, _, rest = text.partition("=")
+        sides = [
+            tuple(part.strip() for part in side.split(",") if part.strip())
+            for side in rest.split(":")
+        ]
+        if not name or len(sides) != 2 or not all(sides):
+            raise EvaluationError(f"silent: found {text!r}, expected id=event:reference")
+        if name in {plan.id for plan in plans}:
+            raise EvaluationError(f"silent: found {name!r} twice, expected each once")
+        for category in (*sides[0], *sides[1]):
+            if category not in known:
+                raise EvaluationError(
+                    f"silent {name}: found category {category!r}, the texts have: "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        both = set(sides[0]) & set(sides[1])
+        if both:
+            raise EvaluationError(
+                f"silent {name}: found {min(both)!r} on both sides, expected it on one"
+            )
+        plans.append(SilencePlan(id=name, event=sides[0], reference=sides[1]))
+    return tuple(plans)
+
+
 def discover(
     served: Served,
     rows: Sequence[LabelledText],
@@ -95,18 +139,21 @@ def discover(
     work: Path,
     settings: DiscoverySettings,
     progress: Progress = lambda what, share: None,
+    *,
+    silences: Sequence[SilencePlan] = (),
 ) -> Discovery:
-    """The latents of every risk in every SAE of the bundle.
+    """The latents of every risk, and those of every silence, in every SAE of the bundle.
 
     Residual streams are kept below `work`, so that another run on the same texts is quick.
 
     Raises:
         BundleError: The bundle has no SAE.
-        TrainingError: A risk has too few texts.
+        TrainingError: A risk or a silence has too few texts.
     """
     if not served.saes:
         raise BundleError(f"bundle {served.bundle.label}: found no SAE, expected at least one")
     findings: dict[str, tuple[RiskFindings, ...]] = {}
+    silent: dict[str, tuple[SilentFindings, ...]] = {}
     texts: dict[str, ResidualSet] = {}
     kept = tuple(row for row in rows if served.tokenizer.encode(row.text, add_bos=False))
     for sae_id, (hook_point, sae) in served.saes.items():
@@ -131,8 +178,14 @@ def discover(
                 find_latents(sae, kept, read, acts, plan, served.tokenizer.token_texts, settings)
             )
         findings[sae_id] = tuple(found)
+        silent[sae_id] = tuple(
+            find_silent(sae, kept, read, acts, plan, served.tokenizer.token_texts, settings)
+            for plan in silences
+        )
     saes = {sae_id: sae for sae_id, (_, sae) in served.saes.items()}
-    return Discovery(n_texts=len(kept), findings=findings, texts=texts, saes=saes, rows=kept)
+    return Discovery(
+        n_texts=len(kept), findings=findings, silent=silent, texts=texts, saes=saes, rows=kept
+    )
 
 
 def _forward(served: Served, sae_id: str) -> ContextForward:

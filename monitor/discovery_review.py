@@ -13,9 +13,10 @@ import jinja2
 from rich.markup import escape
 from rich.table import Table
 
-from sae_core.training.findings import RiskFindings
+from sae_core.training.findings import RiskFindings, SilentFindings
 
 Findings = Mapping[str, tuple[RiskFindings, ...]]
+Silent = Mapping[str, tuple[SilentFindings, ...]]
 
 _templates = jinja2.Environment(
     loader=jinja2.PackageLoader("monitor", "templates"),
@@ -24,10 +25,10 @@ _templates = jinja2.Environment(
 )
 
 
-def review_page(bundle: str, n_texts: int, findings: Findings) -> str:
+def review_page(bundle: str, n_texts: int, findings: Findings, silent: Silent) -> str:
     """The whole page."""
     return _templates.get_template("discovery.html").render(
-        bundle=bundle, n_texts=n_texts, findings=findings, number=_number
+        bundle=bundle, n_texts=n_texts, findings=findings, silent=silent, number=_number
     )
 
 
@@ -55,13 +56,39 @@ def review_table(sae_id: str, risk: RiskFindings) -> Table:
     return table
 
 
-def findings_json(bundle: str, n_texts: int, findings: Findings) -> dict[str, Any]:
+def silent_table(sae_id: str, silence: SilentFindings) -> Table:
+    """The latents of one silence."""
+    plan = silence.plan
+    title = f"{plan.id} in {sae_id}: {len(silence.latents)} go silent in {', '.join(plan.event)}"
+    table = Table(box=None, title=escape(title), title_justify="left")
+    names = ("latent", "fires in reference", "in event", "AUROC", "left out", "stable", "group")
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("flags", style="red")
+    table.add_column("label", overflow="fold")
+    for x in silence.latents:
+        table.add_row(
+            str(x.found.latent_id),
+            f"{x.fires_on_reference:.1%}",
+            f"{x.fires_on_event:.1%}",
+            _number(x.found.auroc),
+            _number(x.found.audit.left_out),
+            f"{x.found.stability:.2f}",
+            str(x.found.group),
+            ", ".join(x.found.audit.flags),
+            escape(x.found.label),
+        )
+    return table
+
+
+def findings_json(bundle: str, n_texts: int, findings: Findings, silent: Silent) -> dict[str, Any]:
     """Everything as plain data, examples with their texts."""
     return {
         "schema": 1,
         "bundle": bundle,
         "n_texts": n_texts,
         "saes": {sae_id: [asdict(risk) for risk in risks] for sae_id, risks in findings.items()},
+        "silent": {sae_id: [asdict(one) for one in some] for sae_id, some in silent.items()},
     }
 
 

@@ -24,6 +24,13 @@ def discover(
         list[str] | None,
         typer.Option(help="id=category,category or id=* for any; default: every category."),
     ] = None,
+    silent: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="id=event,event:reference,reference: latents that fire on texts of the "
+            "reference's categories and go silent in the event's."
+        ),
+    ] = None,
     fdr: Annotated[float, typer.Option(help="False discovery rate.")] = 0.01,
     stability: Annotated[float, typer.Option(help="Least share of halves that select.")] = 0.7,
     latents: Annotated[int, typer.Option(min=1, help="Latents a risk keeps, in each SAE.")] = 32,
@@ -40,8 +47,13 @@ def discover(
     thresholds provisional and not calibrated. Activations stay in work/ for another run.
     """
     from monitor.discovery import discover as find
-    from monitor.discovery import relabelled, risks_of, write_proposal
-    from monitor.discovery_review import findings_json, review_page, review_table
+    from monitor.discovery import relabelled, risks_of, silences_of, write_proposal
+    from monitor.discovery_review import (
+        findings_json,
+        review_page,
+        review_table,
+        silent_table,
+    )
     from monitor.label_endpoint import LabelEndpoint
     from monitor.local import load_local
     from sae_core.evaluation.data import read_labelled
@@ -53,6 +65,7 @@ def discover(
         )
         rows = tuple(row for path in data for row in read_labelled(path))
         plans = risks_of(rows, risk or (), min_positive=settings.min_positive)
+        silences = silences_of(rows, silent or ())
         namer = (
             None
             if endpoint is None
@@ -62,17 +75,22 @@ def discover(
             served = load_local(
                 bundle_folder(folder), model=model, cache=default_cache_dir(), progress=progress
             )
-            found = find(served, rows, plans, out_folder / "work", settings, progress)
+            found = find(
+                *(served, rows, plans, out_folder / "work", settings, progress),
+                silences=silences,
+            )
             if namer is not None:
                 found = relabelled(found, lambda risk, i: namer.label(risk.latents[i]))
         label = served.bundle.label
-        content = findings_json(label, found.n_texts, found.findings)
+        content = findings_json(label, found.n_texts, found.findings, found.silent)
         (out_folder / "findings.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        page = review_page(label, found.n_texts, found.findings)
+        page = review_page(label, found.n_texts, found.findings, found.silent)
         (out_folder / "review.html").write_text(page, "utf-8")
         for sae_id, risks in found.findings.items():
             for one in risks:
                 out.print(review_table(sae_id, one))
+            for silence in found.silent[sae_id]:
+                out.print(silent_table(sae_id, silence))
         written = write_proposal(served, found, out_folder / "bundle")
     out.print(f"{out_folder / 'bundle'}: {', '.join(written)}", highlight=False, soft_wrap=True)
     out.print("thresholds are provisional; next: bundle measure, calibrate", highlight=False)

@@ -42,6 +42,17 @@ class ClusterPlan:
         return row.is_harmful and (BROAD in self.categories or row.category in self.categories)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilencePlan:
+    """What latents may go silent in: refusals beside answers, jailbreaks beside plain requests."""
+
+    id: str
+    event: tuple[str, ...]
+    """Categories of the texts in which they go silent, whatever the label."""
+    reference: tuple[str, ...]
+    """Categories of the texts on which they fire."""
+
+
 class TextActs(NamedTuple):
     """Every latent, summarised over each text."""
 

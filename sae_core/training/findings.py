@@ -4,20 +4,25 @@
                -> shortcut_audit -> those not flagged: group_latents, weights, labels, examples
 
 Flagged latents are kept in the findings, with what speaks against them, and get no weight.
+
+The inverse question, which latents go silent, is the same with the sides changed, and gives none a
+weight: a cluster's are not negative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Bool
 from numpy import ndarray
 
 from sae_core.evaluation.data import LabelledText
 from sae_core.sae import SAE
 from sae_core.training.activations import TrainingError
-from sae_core.training.discovery import ClusterPlan, TextActs, latent_labels
+from sae_core.training.discovery import ClusterPlan, SilencePlan, TextActs, latent_labels
 from sae_core.training.examples import ResidualSet
 from sae_core.training.latent_examples import Example, strongest_examples
 from sae_core.training.latent_groups import group_latents
@@ -98,6 +103,38 @@ class RiskFindings:
         return tuple(latent for latent in self.latents if latent.weight > 0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentLatent:
+    """A latent that fires on the reference and less, or not at all, on the event."""
+
+    found: FoundLatent
+    """AUROC and mean difference are those of the reference over the event; the weight is 0."""
+    fires_on_reference: float
+    """Share of its texts in which the latent is active."""
+    fires_on_event: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SilentFindings:
+    """What goes silent where, as `RiskFindings` has it."""
+
+    plan: SilencePlan
+    n_reference: int
+    n_event: int
+    n_found: int
+    n_candidates: int
+    expected_false: float
+    latents: tuple[SilentLatent, ...]
+    """Selected ones, by how much larger the share is on the reference."""
+
+
+class _Contrast(NamedTuple):
+    n_found: int
+    n_candidates: int
+    expected_false: float
+    latents: tuple[FoundLatent, ...]
+
+
 def find_latents(
     sae: SAE,
     rows: Sequence[LabelledText],
@@ -120,16 +157,80 @@ def find_latents(
             f"risk {plan.id}: found {n_positive} texts of it and {n_benign} benign, "
             f"expected at least {settings.min_positive} of each"
         )
-    tests = latent_tests(acts.mean, is_positive, is_benign)
+    contrast = _contrast(
+        sae, rows, texts, acts, is_positive, is_benign, token_texts, settings, weighs=True
+    )
+    return RiskFindings(plan=plan, n_positive=n_positive, n_benign=n_benign, **contrast._asdict())
+
+
+def find_silent(
+    sae: SAE,
+    rows: Sequence[LabelledText],
+    texts: ResidualSet,
+    acts: TextActs,
+    plan: SilencePlan,
+    token_texts: TokenTexts,
+    settings: DiscoverySettings = DiscoverySettings(),
+) -> SilentFindings:
+    """The latents that go silent in the texts of one kind, beside those of another.
+
+    Raises:
+        TrainingError: Fewer texts of either kind than `settings.min_positive`.
+    """
+    on_event = np.array([row.category in plan.event for row in rows])
+    on_reference = np.array([row.category in plan.reference for row in rows])
+    n_event, n_reference = int(on_event.sum()), int(on_reference.sum())
+    if min(n_event, n_reference) < settings.min_positive:
+        raise TrainingError(
+            f"silence {plan.id}: found {n_event} texts of its event and {n_reference} of its "
+            f"reference, expected at least {settings.min_positive} of each"
+        )
+    contrast = _contrast(
+        sae, rows, texts, acts, on_reference, on_event, token_texts, settings, weighs=False
+    )
+    latents = [
+        SilentLatent(
+            found=latent,
+            fires_on_reference=float(acts.fires[on_reference, latent.latent_id].mean()),
+            fires_on_event=float(acts.fires[on_event, latent.latent_id].mean()),
+        )
+        for latent in contrast.latents
+    ]
+    latents.sort(key=lambda one: one.fires_on_event - one.fires_on_reference)
+    return SilentFindings(
+        plan=plan,
+        n_reference=n_reference,
+        n_event=n_event,
+        n_found=contrast.n_found,
+        n_candidates=contrast.n_candidates,
+        expected_false=contrast.expected_false,
+        latents=tuple(latents),
+    )
+
+
+def _contrast(
+    sae: SAE,
+    rows: Sequence[LabelledText],
+    texts: ResidualSet,
+    acts: TextActs,
+    is_positive: Bool[ndarray, " n_texts"],
+    is_negative: Bool[ndarray, " n_texts"],
+    token_texts: TokenTexts,
+    settings: DiscoverySettings,
+    *,
+    weighs: bool,
+) -> _Contrast:
+    """The latents that are larger on the positive texts; with `weighs` those in use get weights."""
+    tests = latent_tests(acts.mean, is_positive, is_negative)
     found = np.flatnonzero(tests.q_value <= settings.false_discovery_rate)
     candidates = found[np.argsort(-tests.auroc[found], kind="stable")[: settings.n_candidates]]
-    chosen = np.flatnonzero(is_positive | is_benign)
+    chosen = np.flatnonzero(is_positive | is_negative)
     mine = [rows[int(i)] for i in chosen]
     positive = is_positive[chosen]
     groups = RowGroups.of([row.source for row in mine], positive)
     means = acts.mean[np.ix_(chosen, candidates)]
     if not len(candidates):
-        return _findings(plan, n_positive, n_benign, 0, 0, 0.0, ())
+        return _Contrast(0, 0, 0.0, ())
     stability = stability_selection(
         means,
         positive.astype(np.float32),
@@ -146,7 +247,7 @@ def find_latents(
     scale = latent_scales(token_acts, SCALE_QUANTILE)
     clear = np.array([not audit.flags for audit in audits], np.bool_)
     weight = np.zeros(len(ids))
-    if clear.any():
+    if weighs and clear.any():
         terms = np.minimum(token_acts[:, clear] / scale[clear], 1.0)
         scaled = text_means(terms, texts.starts)[chosen]
         weight[clear] = latent_weights(scaled, groups, n_latents=settings.n_latents)
@@ -171,34 +272,11 @@ def find_latents(
         for i, latent_id in enumerate(ids)
     ]
     latents.sort(key=lambda latent: (-latent.weight, -latent.stability, latent.latent_id))
-    return _findings(
-        plan,
-        n_positive,
-        n_benign,
+    return _Contrast(
         len(found),
         len(candidates),
         stability.expected_false(settings.min_stability),
         tuple(latents),
-    )
-
-
-def _findings(
-    plan: ClusterPlan,
-    n_positive: int,
-    n_benign: int,
-    n_found: int,
-    n_candidates: int,
-    expected_false: float,
-    latents: tuple[FoundLatent, ...],
-) -> RiskFindings:
-    return RiskFindings(
-        plan=plan,
-        n_positive=n_positive,
-        n_benign=n_benign,
-        n_found=n_found,
-        n_candidates=n_candidates,
-        expected_false=expected_false,
-        latents=latents,
     )
 
 

@@ -171,6 +171,39 @@ def test_a_sealed_bundle_is_not_written_over(
     assert "expected no sealed bundle" in output
 
 
+def test_what_goes_silent_is_shown_and_not_registered(
+    tiny_bundle: Path, labelled: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    flag = ("--silent", "calm=benign_hard:peril")
+    code, output = _run(tiny_bundle, labelled, out, *flag)
+    assert code == 0, output
+    (silence,) = json.loads((out / "findings.json").read_text())["silent"]["l1"]
+    first = silence["latents"][0]
+    assert first["found"]["latent_id"] == PLANTED_LATENT
+    assert first["fires_on_reference"] == 1.0
+    assert first["fires_on_event"] == 0.0
+    assert "calm in l1" in output
+    assert "Silent in benign_hard" in (out / "review.html").read_text()
+    assert [c.id for c in load_bundle(out / "bundle").spec.clusters] == ["any_harm", "peril"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("calm=benign_hard", "expected id=event:reference"),
+        ("calm=benign_hard:crime", "found category 'crime', the texts have: benign_hard, peril"),
+        ("calm=peril:peril", "found 'peril' on both sides"),
+    ],
+)
+def test_a_wrong_silence_is_refused(
+    flag: str, message: str, tiny_bundle: Path, labelled: Path, tmp_path: Path
+) -> None:
+    code, output = _run(tiny_bundle, labelled, tmp_path / "out", "--silent", flag)
+    assert code == 2
+    assert message in " ".join(output.split())
+
+
 def test_an_endpoint_without_a_scheme_is_refused() -> None:
     with pytest.raises(SettingsError, match="'localhost:1', expected an http"):
         LabelEndpoint("localhost:1", "m")

@@ -11,9 +11,15 @@ from sae_core.sae import SAE
 from sae_core.sae_config import SAEConfig
 from sae_core.sae_weights import SAEWeights
 from sae_core.training.activations import TrainingError
-from sae_core.training.discovery import ClusterPlan, text_acts
+from sae_core.training.discovery import ClusterPlan, SilencePlan, text_acts
 from sae_core.training.examples import ResidualSet
-from sae_core.training.findings import DiscoverySettings, RiskFindings, find_latents
+from sae_core.training.findings import (
+    DiscoverySettings,
+    RiskFindings,
+    SilentFindings,
+    find_latents,
+    find_silent,
+)
 
 D = 120
 PLANTED = tuple(range(8))
@@ -136,3 +142,38 @@ def test_too_few_texts_are_refused_by_name() -> None:
     sae = _sae()
     with pytest.raises(TrainingError, match=r"risk b: found 0 texts of it"):
         find_latents(sae, rows, texts, text_acts(sae, texts), few, lambda ids: [""] * len(ids))
+
+
+SILENCE = SilencePlan(id="s", event=("benign_hard",), reference=("a",))
+
+
+def test_latents_go_silent_where_the_sides_are_changed(found: RiskFindings) -> None:
+    """What fires on the risk is what goes silent without it; nothing fires less on the risk."""
+    rows, texts = _texts(signal=True)
+    sae = _sae()
+    acts = text_acts(sae, texts)
+
+    def silent(plan: SilencePlan) -> SilentFindings:
+        return find_silent(
+            sae, rows, texts, acts, plan, lambda ids: [f" w{i}" for i in ids], SETTINGS
+        )
+
+    one = silent(SILENCE)
+    clear = {x.found.latent_id for x in one.latents if not x.found.audit.flags}
+    assert clear >= set(PLANTED)
+    assert (one.n_event, one.n_reference) == (found.n_benign, found.n_positive)
+    planted = [x for x in one.latents if x.found.latent_id in PLANTED]
+    assert all(x.fires_on_reference > x.fires_on_event + 0.2 for x in planted)
+    assert all(x.found.weight == 0 for x in one.latents)
+    gaps = [x.fires_on_reference - x.fires_on_event for x in one.latents]
+    assert gaps == sorted(gaps, reverse=True)
+    other = silent(SilencePlan(id="s", event=("a",), reference=("benign_hard",)))
+    assert not {x.found.latent_id for x in other.latents} & set(PLANTED)
+
+
+def test_too_few_texts_of_an_event_are_refused_by_name() -> None:
+    rows, texts = _texts(signal=True)
+    sae = _sae()
+    plan = SilencePlan(id="s", event=("nothing",), reference=("a",))
+    with pytest.raises(TrainingError, match=r"silence s: found 0 texts of its event and \d+ of"):
+        find_silent(sae, rows, texts, text_acts(sae, texts), plan, lambda ids: [""] * len(ids))
