@@ -155,6 +155,7 @@ class Committer:
             if self._on_sync is not None:
                 self._on_sync(seconds)
 
+        self._queue.done()  # who is told finds nothing pending of what is stored
         self._queue.on_loop(tell)
 
     def _tell_failure(self, group: Sequence[Entry], error: AuditError) -> None:
