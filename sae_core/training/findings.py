@@ -105,7 +105,7 @@ class RiskFindings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SilentLatent:
-    """A latent that fires on the reference and less, or not at all, on the event."""
+    """A latent that fires in more texts of the reference than of the event."""
 
     found: FoundLatent
     """AUROC and mean difference are those of the reference over the event; the weight is 0."""
@@ -196,6 +196,8 @@ def find_silent(
         )
         for latent in contrast.latents
     ]
+    # What only fires less strongly, or in a smaller part of longer texts, is not silent.
+    latents = [one for one in latents if one.fires_on_event < one.fires_on_reference]
     latents.sort(key=lambda one: one.fires_on_event - one.fires_on_reference)
     return SilentFindings(
         plan=plan,

@@ -162,6 +162,9 @@ def test_latents_go_silent_where_the_sides_are_changed(found: RiskFindings) -> N
     clear = {x.found.latent_id for x in one.latents if not x.found.audit.flags}
     assert clear >= set(PLANTED)
     assert (one.n_event, one.n_reference) == (found.n_benign, found.n_positive)
+    # Larger on the longer texts of the reference, and active in every text.
+    assert LENGTH in {latent.latent_id for latent in found.latents}
+    assert all(x.fires_on_reference > x.fires_on_event for x in one.latents)
     planted = [x for x in one.latents if x.found.latent_id in PLANTED]
     assert all(x.fires_on_reference > x.fires_on_event + 0.2 for x in planted)
     assert all(x.found.weight == 0 for x in one.latents)
