@@ -16,7 +16,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from sae_core.language_model.packed import TokenRows
+from sae_core.language_model.token_streams import TokenRows
 from sae_core.scorer import SegmentScores
 
 BLOCK_TOKENS = 32

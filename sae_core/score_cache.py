@@ -23,8 +23,8 @@ from jaxtyping import Float32
 
 from sae_core.activation_source import GivenActivations, GivenRows
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import TokenStream
 from sae_core.language_model.pages import PageCounts, PagePool
+from sae_core.language_model.token_streams import TokenStream
 from sae_core.prefix_blocks import BLOCK_TOKENS, Block, PrefixBlocks, ScoreTail, extend_chain
 from sae_core.scorer import SegmentScores
 

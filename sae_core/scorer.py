@@ -23,8 +23,8 @@ from sae_core.heads import ClusterHeads, side_by_side
 from sae_core.hook_points import HookPoint, n_layers_needed
 from sae_core.language_model.families import uses_layer_norm
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.packed import TokenStream
 from sae_core.language_model.processing import DEFAULT_PROCESSING, ProcessedShift
+from sae_core.language_model.token_streams import TokenStream
 from sae_core.language_model.tokenizer import Tokenizer
 from sae_core.live_fit import LiveFit
 from sae_core.sae import SAE

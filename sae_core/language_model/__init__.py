@@ -11,8 +11,10 @@ device_map one model's blocks on several devices of this process
 tensor_parallel  which parts of a model each of several processes holds, by transformers' plan
 ranks      those processes: one plans each step, all run it, and what happens when one dies
 mirrored   a stream of the first process, and its like in the others
+token_streams  the keys and values of one stream, in buffers that grow
 packed     attention over a ragged batch, each stream against its own keys and values
 span_attention  attention of one stream's last tokens: torch's fused kernel, or blocks by oneDNN
+compiled_rows  RMS norms and the attention of single tokens on the CPU, as `compiled_loops` by numba
 span_workers  threads for the attention of many single tokens
 paged      the same over pages that streams share (`pages`), with the kernel of `varlen`
 products   which library multiplies a model's matrices on the CPU, in which data type

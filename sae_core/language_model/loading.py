@@ -22,6 +22,12 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from sae_core.errors import HookPointError, ModelLoadError
 from sae_core.hook_points import HookPoint, ModulePath, n_layers_needed
 from sae_core.language_model.checkpoint import fill, one_line
+from sae_core.language_model.compiled_rows import (
+    Rows,
+    choose_rows,
+    compile_norms,
+    compile_rotations,
+)
 from sae_core.language_model.device_map import DeviceMap
 from sae_core.language_model.families import FAMILIES, SUPPORTED_MODEL_TYPES
 from sae_core.language_model.freed_memory import give_back_freed_memory, keep_freed_memory
@@ -46,6 +52,7 @@ def load_language_model(
     dtype: torch.dtype = torch.float32,
     products: Products = "auto",
     attention: Attention = "auto",
+    rows: Rows = "auto",
     peers: Peers | None = None,
 ) -> LanguageModel:
     """Loads what is needed of the model in `folder` to read `hook_points`.
@@ -58,6 +65,7 @@ def load_language_model(
         dtype: Of weights and activations, whatever the checkpoint's.
         products: The library that multiplies matrices on the CPU; see `products`.
         attention: What attends from several tokens of a stream there; see `span_attention`.
+        rows: What norms rows and attends from single tokens there; see `compiled_rows`.
         peers: Where every rank holds a part only (see `ranks`), this one's link to the others.
 
     Raises:
@@ -93,8 +101,12 @@ def load_language_model(
     fill(module, config.model_type, folder, places=places, dtype=dtype)
     if peers is not None:
         peers.wait_until_loaded()
-    library = "torch"
+    library = row_loops = "torch"
     if peers is None and {d.type for d in devices} == {"cpu"}:
+        row_loops = choose_rows(module, dtype, rows, products)
+        if row_loops == "compiled":
+            compile_norms(module)
+            compile_rotations(module)
         library = choose_products(module, products)
         # A hook point that is a module's path may be a gate, or its function.
         if library == "onednn" and not any(isinstance(h, ModulePath) for h in wanted):
@@ -111,6 +123,7 @@ def load_language_model(
         devices=tuple(devices),
         n_ranks=1 if peers is None else peers.n_ranks,
         products=library,
+        rows=row_loops,
     )
     give_back_freed_memory()
     if any(d.type == "cpu" for d in devices):

@@ -15,7 +15,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-from sae_core.language_model.packed import KVRows, KVStream, PackedPlan, Span, TokenRows
+from sae_core.language_model.packed import PackedPlan, Span
+from sae_core.language_model.token_streams import KVRows, KVStream, TokenRows
 
 
 @runtime_checkable

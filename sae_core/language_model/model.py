@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint, ModulePath
 from sae_core.language_model.mirrored import Leader
-from sae_core.language_model.packed import KVStream, PackedPlan, Span, TokenStream
+from sae_core.language_model.packed import PackedPlan, Span
 from sae_core.language_model.paged import PagedPlan, PagedStream
 from sae_core.language_model.pages import PagePool, pool_for
 from sae_core.language_model.processing import ProcessedShift, Processing, processed_shift
 from sae_core.language_model.sites import HookSite, canonical, locate
 from sae_core.language_model.span_attention import Attention, Heads, choose_attention
+from sae_core.language_model.token_streams import KVStream, TokenStream
 from sae_core.language_model.varlen import Kernel, installed_kernel
 
 
@@ -53,6 +54,8 @@ class LanguageModelConfig:
     """The library that multiplies matrices: torch (with what it calls by itself) or onednn."""
     attention: str = "torch"
     """What attends from several tokens of a stream: torch's fused kernel, or blocks."""
+    rows: str = "torch"
+    """What norms rows and attends from single tokens: torch, or compiled loops."""
 
     @property
     def device(self) -> torch.device:
@@ -256,8 +259,12 @@ class LanguageModel:
             all_ids += token_ids
             positions += range(past, length)
         if self.pool is None:
-            in_blocks = self.config.attention == "blocks"
-            return PackedPlan(tuple(spans), in_blocks=in_blocks), all_ids, positions
+            plan = PackedPlan(
+                tuple(spans),
+                in_blocks=self.config.attention == "blocks",
+                compiled=self.config.rows == "compiled",
+            )
+            return plan, all_ids, positions
         return PagedPlan(spans, self.pool, self.kernel), all_ids, positions
 
     @contextmanager

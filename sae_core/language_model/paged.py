@@ -17,15 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae_core.language_model import packed
-from sae_core.language_model.packed import (
-    PackedPlan,
-    Span,
-    TokenRows,
-    TokenStream,
-)
+from sae_core.language_model import token_streams
+from sae_core.language_model.packed import PackedPlan, Span
 from sae_core.language_model.pages import Page, PageGroup, PagePool
 from sae_core.language_model.span_attention import Terms, attend_span
+from sae_core.language_model.token_streams import TokenRows, TokenStream
 from sae_core.language_model.varlen import Kernel, fits
 
 
@@ -115,7 +111,7 @@ class PagedStream(TokenStream):
         table = self._tables.setdefault(window, _Table())
         if window is not None:
             # A step that fails goes back to `length`: its window counts, not that of `start`.
-            oldest = max(0, self._length - window - packed.GO_BACK_TOKENS) // n
+            oldest = max(0, self._length - window - token_streams.GO_BACK_TOKENS) // n
             del table.pages[: max(0, oldest - table.first)]
             table.first = max(table.first, oldest)
         place = start // n - table.first

@@ -37,7 +37,8 @@ from sae_core.language_model.mirrored import (
     mirrored_spans,
 )
 from sae_core.language_model.model import LanguageModel
-from sae_core.language_model.packed import KVStream, PackedPlan
+from sae_core.language_model.packed import PackedPlan
+from sae_core.language_model.token_streams import KVStream
 
 STEP_TIMEOUT_SECONDS = 60.0
 """How long a rank waits for another one within a step; one of them takes seconds at most."""

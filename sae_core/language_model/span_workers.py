@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from threading import Barrier
 from typing import TypeVar
 
@@ -42,6 +43,28 @@ def run_shares(work: Callable[[Item], None], shares: Sequence[Sequence[Item]]) -
 
     pool = _pool(torch.get_num_threads())
     errors = [future.exception() for future in [pool.submit(run, share) for share in shares]]
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def run_ranges(work: Callable[[int, int], None], bounds: Sequence[int]) -> None:
+    """Runs `work(start, stop)` between every two bounds, the first in this thread.
+
+    For work that holds no lock and uses no torch. Returns when all have ended, and raises what the
+    first raised.
+    """
+    ranges = [(start, stop) for start, stop in pairwise(bounds) if start < stop]
+    if len(ranges) < 2:
+        for part in ranges:
+            work(*part)
+        return
+    pool = _pool(torch.get_num_threads())
+    others = [pool.submit(work, *part) for part in ranges[1:]]
+    try:
+        work(*ranges[0])
+    finally:
+        errors = [future.exception() for future in others]
     for error in errors:
         if error is not None:
             raise error

@@ -21,8 +21,9 @@ from sae_core.heads import ClusterHeads
 from sae_core.hook_points import HookPoint, parse_hook_point
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, LanguageModelConfig, Segment
-from sae_core.language_model.packed import KVStream, Span
+from sae_core.language_model.packed import Span
 from sae_core.language_model.processing import ProcessedShift, Processing
+from sae_core.language_model.token_streams import KVStream
 from sae_core.language_model.tokenizer import Tokenizer
 from sae_core.onnx.attention import BLOCK_COLUMNS, QUERY_BLOCK, blocks_name
 from sae_core.onnx.session import GraphSession

@@ -24,7 +24,7 @@ from monitor.records import StepFailure
 from monitor.work_queue import Priority
 from sae_core.errors import RankError, ScorerError
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import KVStream
+from sae_core.language_model.token_streams import KVStream
 from sae_core.score_cache import OwnForward
 from sae_core.scorer import Scorer, SegmentScores, StepScores
 

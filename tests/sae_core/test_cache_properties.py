@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -33,7 +33,7 @@ from torch import nn
 from sae_core.errors import ScorerError
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import HookPoint
-from sae_core.language_model import packed
+from sae_core.language_model import token_streams
 from sae_core.language_model.families import blocks_of
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import Segment
@@ -80,7 +80,7 @@ def cluster(seed: int) -> Cluster:
 CLUSTERS = (cluster(0), cluster(1))
 
 
-Memory = Literal["buffers", "pages", "pages and kernel"]
+Memory = Literal["buffers", "buffers and compiled rows", "pages", "pages and kernel"]
 
 
 class World:
@@ -99,7 +99,9 @@ class World:
 
     def keep_in(self, memory: Memory) -> None:
         """Whether streams have buffers, or pages of so few tokens that most steps cross several."""
-        self.model.pool = None if memory == "buffers" else PagePool(PAGE_TOKENS[memory])
+        rows = "compiled" if memory == "buffers and compiled rows" else "torch"
+        self.model.config = replace(self.model.config, rows=rows)
+        self.model.pool = PagePool(PAGE_TOKENS[memory]) if memory in PAGE_TOKENS else None
         self.model.kernel = reference_kernel if memory == "pages and kernel" else None
 
     def logits(self, which: int, token_ids: Sequence[int]) -> tuple[Logits, float, int]:
@@ -344,7 +346,7 @@ def run(world: World, *, examples: int, derandomize: bool = False) -> None:
 
 @pytest.fixture(autouse=True)
 def windows_forget_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 2 * BLOCK_TOKENS)
+    monkeypatch.setattr(token_streams, "GO_BACK_TOKENS", 2 * BLOCK_TOKENS)
 
 
 @pytest.mark.parametrize("memory", get_args(Memory))

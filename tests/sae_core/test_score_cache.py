@@ -10,10 +10,10 @@ import pytest
 
 from sae_core.heads import Cluster, ClusterHeads, LatentTerm
 from sae_core.hook_points import HookPoint
-from sae_core.language_model import packed
+from sae_core.language_model import token_streams
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import KVRows, KVStream
+from sae_core.language_model.token_streams import KVRows, KVStream
 from sae_core.language_model.tokenizer import load_tokenizer
 from sae_core.prefix_blocks import BLOCK_TOKENS, PrefixBlocks, extend_chain
 from sae_core.score_cache import OwnForward, ScoreCache, ScoredStream
@@ -319,7 +319,7 @@ def test_the_end_of_a_chain_is_forgotten_before_its_beginning(counting: Counting
 
 def test_a_window_keeps_what_the_blocks_of_a_step_need() -> None:
     # A step files its own rows and those of up to two blocks, less one token, before it.
-    assert packed.GO_BACK_TOKENS >= 2 * BLOCK_TOKENS - 1
+    assert token_streams.GO_BACK_TOKENS >= 2 * BLOCK_TOKENS - 1
 
 
 def test_without_memory_for_blocks_the_scores_come_all_the_same(

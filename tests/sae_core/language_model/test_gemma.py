@@ -17,9 +17,10 @@ from sae_core.language_model.products import OneDNNLinear
 from sae_core.language_model.tokenizer import Tokenizer, load_tokenizer
 
 HOOK_POINTS = (HookPoint(3, "resid_mid"), HookPoint(8, "resid_post"))
-TOLERANCE = 3e-5
-"""Relative to each token's largest value, as the first token's are some hundred times the others'.
-float32 rounding over nine layers, in another order of summation, gave up to 8e-6."""
+TOLERANCE, TYPICAL = 2e-4, 2e-6
+"""Of the worst token and of the median one, relative to each token's largest value, as the first
+token's are some hundred times the others'. Against float64, plain float32 is off by 4e-7 at the
+median and, after some hundred tokens, by 4e-5 at worst; another order of summation moves that."""
 
 TEXTS = (
     "The history of the lighthouse begins with a fire on a hill. " * 60,  # beyond the 512 window
@@ -66,6 +67,7 @@ def expected(gemma_folder: Path, texts: list[list[int]]) -> list[dict[HookPoint,
 def assert_same(found: Tensor, want: Tensor) -> None:
     error = (found - want).abs().amax(dim=-1) / want.abs().amax(dim=-1)
     assert error.max() < TOLERANCE, f"{error.max():.1e}"
+    assert error.median() < TYPICAL, f"{error.median():.1e}"
 
 
 def test_half_of_the_model_is_loaded(model: LanguageModel) -> None:

@@ -13,7 +13,8 @@ from sae_core.hook_points import HookPoint
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.mirrored import Mirror, MirroredStream, Script, mirrored_spans
 from sae_core.language_model.model import LanguageModel
-from sae_core.language_model.packed import KVRows, KVStream, PackedPlan, Span
+from sae_core.language_model.packed import PackedPlan, Span
+from sae_core.language_model.token_streams import KVRows, KVStream
 
 N_IDS = 300
 

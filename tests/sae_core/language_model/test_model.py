@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sae_core.errors import HookPointError, TokenError
 from sae_core.hook_points import HookPoint, parse_hook_point
-from sae_core.language_model import packed, span_attention
+from sae_core.language_model import span_attention, token_streams
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.packed import KVStream
 from sae_core.language_model.products import has_onednn
+from sae_core.language_model.token_streams import KVStream
 from sae_core.testing.models import D_MODEL, FAMILIES, MAX_POSITIONS, N_PIECES, tiny_model_folder
 
 TOLERANCE = 1e-5
@@ -224,7 +224,7 @@ def test_a_window_bounds_what_a_long_stream_keeps_and_changes_nothing(
     family: str,
     chunk: int,
 ) -> None:
-    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 16)
+    monkeypatch.setattr(token_streams, "GO_BACK_TOKENS", 16)
     folder, (text,) = folder_of(family), random_texts((300,))
     hook_point = HookPoint(2, "resid_post")
     model = load_language_model(folder, [hook_point])
@@ -243,7 +243,7 @@ def test_a_window_bounds_what_a_long_stream_keeps_and_changes_nothing(
 def test_going_back_over_a_window_is_exact_or_forgets_all(
     folder_of: Callable[[str], Path], oracle_of: OracleOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 16)
+    monkeypatch.setattr(token_streams, "GO_BACK_TOKENS", 16)
     folder, (text, other) = folder_of("gemma3"), random_texts((200, 30))
     hook_point = HookPoint(2, "resid_post")
     model = load_language_model(folder, [hook_point])

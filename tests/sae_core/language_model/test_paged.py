@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from sae_core.hook_points import HookPoint
-from sae_core.language_model import packed
+from sae_core.language_model import token_streams
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.packed import KVStream
 from sae_core.language_model.paged import PagedStream
 from sae_core.language_model.pages import PageCounts, PageGroup, PagePool, pool_for
+from sae_core.language_model.token_streams import KVStream
 from sae_core.language_model.varlen import fits, installed_kernel
 from sae_core.testing.attention import reference_kernel
 
@@ -223,7 +223,7 @@ def test_many_streams_leave_no_page_behind(folder_of: FolderOf) -> None:
 def test_a_window_bounds_the_pages_of_a_long_stream(
     folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "GO_BACK_TOKENS", 16)
+    monkeypatch.setattr(token_streams, "GO_BACK_TOKENS", 16)
     model, text = paged_model(folder_of("gemma3")), ids(300)
     stream = model.open_stream()
     found = [feed(model, stream, text[i : i + 10]) for i in range(0, 300, 10)]

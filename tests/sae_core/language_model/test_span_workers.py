@@ -13,8 +13,9 @@ from sae_core.hook_points import HookPoint
 from sae_core.language_model import packed
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
-from sae_core.language_model.packed import KVStream, Span, TokenStream
-from sae_core.language_model.span_workers import run_shares, shares_of
+from sae_core.language_model.packed import Span
+from sae_core.language_model.span_workers import run_ranges, run_shares, shares_of
+from sae_core.language_model.token_streams import KVStream, TokenStream
 
 LAST = HookPoint(2, "resid_post")
 
@@ -67,11 +68,35 @@ def test_a_stream_with_two_tokens_keeps_their_order(
 
 
 def test_a_plan_shares_what_is_worth_it_and_loses_nothing() -> None:
-    few, many = spans(packed.WORTH_SHARING * 3 - 1), spans(packed.WORTH_SHARING * 3)
-    assert packed._shared_out(few) == (tuple(few), ())
-    rest, shares = packed._shared_out([Span(KVStream(1), 50, 60, 0), *many])
-    assert [(span.start, span.stop) for span in rest] == [(50, 60)]
-    assert [span for share in shares for span in share] == many
+    few, many = (tuple(spans(packed.WORTH_SHARING * 3 - n)) for n in (1, 0))
+    plan = packed.PackedPlan(few)
+    assert (plan._one_by_one, plan._shares) == (few, ())
+    plan = packed.PackedPlan((Span(KVStream(1), 50, 60, 0), *many))
+    assert [(span.start, span.stop) for span in plan._one_by_one] == [(50, 60)]
+    assert [span for share in plan._shares for span in share] == list(many)
+
+
+def test_ranges_run_all_and_raise_what_one_raised() -> None:
+    done: list[tuple[int, int]] = []
+    run_ranges(lambda start, stop: done.append((start, stop)), [0, 0, 4, 4, 7, 9])
+    assert sorted(done) == [(0, 4), (4, 7), (7, 9)]
+    run_ranges(lambda start, stop: done.append((start, stop)), [3, 3])
+    assert len(done) == 3
+
+    def fails_from(first: int) -> None:
+        done.clear()
+
+        def work(start: int, stop: int) -> None:
+            done.append((start, stop))
+            if start >= first:
+                raise MemoryError("no room")
+
+        with pytest.raises(MemoryError, match="no room"):
+            run_ranges(work, [0, 4, 7])
+        assert sorted(done) == [(0, 4), (4, 7)]
+
+    fails_from(0)
+    fails_from(4)
 
 
 def test_shares_cost_alike() -> None:

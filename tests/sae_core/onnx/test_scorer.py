@@ -15,7 +15,7 @@ from sae_core.activation_source import GivenActivations
 from sae_core.errors import ScorerError, TokenError
 from sae_core.hook_points import HookPoint
 from sae_core.language_model.model import Segment
-from sae_core.language_model.packed import KVStream
+from sae_core.language_model.token_streams import KVStream
 from sae_core.onnx.attention import QUERY_BLOCK
 from sae_core.onnx.scorer import OnnxScorer
 from sae_core.scorer import Scorer, SegmentScores
