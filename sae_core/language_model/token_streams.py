@@ -25,6 +25,9 @@ the next one's of both, the position that the first row has, and the window (0 f
 
 _FIRST_CAPACITY = 64
 
+_SPARE = 32
+"""Rows behind the first text that a buffer has room for: most streams go on, token by token."""
+
 
 class TokenRows(ABC):
     """Some tokens' keys and values, whatever becomes of their stream."""
@@ -133,17 +136,24 @@ class KVStream(TokenStream):
         self._places: NDArray[np.int64] | None = None
         self._places_until = 0
         """Position of the first row that some layer's buffer has no room for."""
+        self._sizes: tuple[int, int] | None = None
 
     @property
     def cache_bytes(self) -> int:
         """Memory held by the buffers, unused capacity included."""
-        return sum(t.nbytes for t in (*self._keys, *self._values) if t is not None)
+        return self._measured()[0]
 
     @property
     def row_bytes(self) -> int:
         """Memory of one token's keys and values in all layers; 0 before the first."""
-        buffers = (t for t in (*self._keys, *self._values) if t is not None)
-        return sum(t.nbytes // t.shape[1] for t in buffers)
+        return self._measured()[1]
+
+    def _measured(self) -> tuple[int, int]:
+        if self._sizes is None:  # asked for in every step, changed in few
+            buffers = [t for t in (*self._keys, *self._values) if t is not None]
+            row_bytes = sum(t.nbytes // t.shape[1] for t in buffers)
+            self._sizes = sum(t.nbytes for t in buffers), row_bytes
+        return self._sizes
 
     def release(self) -> None:
         """Forgets every token and gives the memory back."""
@@ -151,7 +161,7 @@ class KVStream(TokenStream):
         self._keys = [None] * len(self._keys)
         self._values = [None] * len(self._values)
         self._starts = [0] * len(self._starts)
-        self._places = None
+        self._places = self._sizes = None
 
     def copy_rows(self, start: int, stop: int) -> KVRows:
         """The rows of tokens `start` to `stop`, which lie within the last step or just before."""
@@ -253,7 +263,9 @@ class KVStream(TokenStream):
         all_keys, all_values = self._keys[layer], self._values[layer]
         self._windows[layer] = window
         if all_keys is None or all_values is None or stop - first > all_keys.shape[1]:
-            capacity = _FIRST_CAPACITY if all_keys is None else all_keys.shape[1] * 3 // 2
+            capacity = max(_FIRST_CAPACITY, stop + _SPARE)
+            if all_keys is not None:
+                capacity = all_keys.shape[1] * 3 // 2
             oldest = first
             if window is not None:
                 # A step that fails goes back to `length`: its window counts, not that of `start`.
@@ -265,7 +277,7 @@ class KVStream(TokenStream):
             all_values = _moved(all_values, rows, capacity, like[1])
             self._keys[layer], self._values[layer] = all_keys, all_values
             self._starts[layer] = oldest
-            self._places = None
+            self._places = self._sizes = None
         return all_keys, all_values
 
 
