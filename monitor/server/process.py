@@ -140,6 +140,15 @@ class MonitorServer:
         self._warn_of_audit()
         for cluster, reason in served.uncalibrated_reasons.items():
             log.warning("cluster_uncalibrated", cluster=cluster, reason=reason)
+        model = served.scorer.language_model.config
+        log.info(
+            "computes_by",
+            backend=served.provenance.backend,
+            dtype=served.provenance.dtype,
+            products=model.products,
+            attention=model.attention,
+            rows=model.rows,
+        )
         log.info("ready", **asdict(ready))
         return ready
 

@@ -132,8 +132,26 @@ def _exp(x):
     return p * _float_of(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
 
 
-def _norm_rows(x, weight, eps, is_rounded_first, out):
-    n, width = x.shape
+def _rows_at(address, n, width, like):
+    """An array [n, width] of numbers as `like` is stored, where they are."""
+    raise NotImplementedError
+
+
+@overload(_rows_at, inline="always")
+def _rows_of_type(address, n, width, like):
+    if like == types.uint16:
+        return inspect.unwrap(
+            lambda address, n, width, like: carray(_pointer(address), (n, width), np.uint16)
+        )
+    return inspect.unwrap(
+        lambda address, n, width, like: carray(_pointer(address), (n, width), np.float32)
+    )
+
+
+def _norm_rows(x_address, n, weight, eps, is_rounded_first, out_address, like):
+    width = len(weight)
+    x = _rows_at(x_address, n, width, like)
+    out = _rows_at(out_address, n, width, like)
     for i in range(n):
         squares = np.float32(0.0)
         for j in range(width):
@@ -142,27 +160,31 @@ def _norm_rows(x, weight, eps, is_rounded_first, out):
         factor = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
         if is_rounded_first:
             for j in range(width):
-                normed = _wide(_narrow(_wide(x[i, j]) * factor, x[i, j]))
-                out[i, j] = _narrow(normed * weight[j], x[i, j])
+                normed = _wide(_narrow(_wide(x[i, j]) * factor, like))
+                out[i, j] = _narrow(normed * weight[j], like)
         else:
             for j in range(width):
-                out[i, j] = _narrow(_wide(x[i, j]) * factor * weight[j], x[i, j])
+                out[i, j] = _narrow(_wide(x[i, j]) * factor * weight[j], like)
 
 
-def _rotate_rows(x, cos, sin, n_heads, out):
-    half = x.shape[1] // 2
-    for i in range(len(x)):
+def _rotate_rows(x_address, n, n_heads, width, cos_address, sin_address, out_address, like):
+    half = width // 2
+    x = _rows_at(x_address, n * n_heads, width, like)
+    out = _rows_at(out_address, n * n_heads, width, like)
+    cos = _rows_at(cos_address, n, width, like)
+    sin = _rows_at(sin_address, n, width, like)
+    for i in range(n * n_heads):
         token = i // n_heads
         for j in range(half):
             k = half + j
             a, b = _wide(x[i, j]), _wide(x[i, k])
             # Products are rounded before they are added, as torch's are.
-            own = _wide(_narrow(a * _wide(cos[token, j]), x[i, j]))
-            other = _wide(_narrow(-b * _wide(sin[token, j]), x[i, j]))
-            out[i, j] = _narrow(own + other, x[i, j])
-            own = _wide(_narrow(b * _wide(cos[token, k]), x[i, j]))
-            other = _wide(_narrow(a * _wide(sin[token, k]), x[i, j]))
-            out[i, k] = _narrow(own + other, x[i, j])
+            own = _wide(_narrow(a * _wide(cos[token, j]), like))
+            other = _wide(_narrow(-b * _wide(sin[token, j]), like))
+            out[i, j] = _narrow(own + other, like)
+            own = _wide(_narrow(b * _wide(cos[token, k]), like))
+            other = _wide(_narrow(a * _wide(sin[token, k]), like))
+            out[i, k] = _narrow(own + other, like)
 
 
 @_compiled
@@ -313,26 +335,30 @@ def stored(x: Tensor) -> Any:
 
 @cache
 def norm_rows(dtype: torch.dtype) -> Callable[..., None]:
-    """Compiles `(x [n, d], weight [d], eps, is_rounded_first, out [n, d])`; weight is float32.
+    """Compiles `(address of x [n, width], n, weight [width], eps, is_rounded_first, address of out
+    [n, width], a number of their kind)`; weight is float32, rows follow each other.
 
     out = x / sqrt(mean(x^2) + eps) * weight; `is_rounded_first` rounds to x's type before the
     weight comes in, as Llama's does and Gemma's does not.
     """
-    number = _number(dtype)
-    signature = types.void(
-        number[:, ::1], types.float32[::1], types.float32, types.boolean, number[:, ::1]
-    )
-    return _compiled_for(signature, _norm_rows)
+    whole, real = types.int64, types.float32
+    arguments = whole, whole, real[::1], real, types.boolean, whole, _number(dtype)
+    return _compiled_for(types.void(*arguments), _norm_rows)
 
 
 @cache
 def rotate_rows(dtype: torch.dtype) -> Callable[..., None]:
-    """Compiles `(x [n * n_heads, width], cos [n, width], sin [n, width], n_heads, out as x)`.
+    """Compiles `(address of x [n, n_heads, width], n, n_heads, width, addresses of cos [n, width],
+    sin [n, width] and out, as x, a number of their kind)`; rows follow each other.
 
     The rotary embedding of rows whose first half turns against their second.
     """
-    rows = _number(dtype)[:, ::1]
-    return _compiled_for(types.void(rows, rows, rows, types.int64, rows), _rotate_rows)
+    return _compiled_for(types.void(*[types.int64] * 7, _number(dtype)), _rotate_rows)
+
+
+def zero(dtype: torch.dtype) -> Any:
+    """A number as a tensor's are stored."""
+    return np.uint16(0) if dtype == torch.bfloat16 else np.float32(0)
 
 
 @cache

@@ -59,8 +59,12 @@ def choose_rows(module: nn.Module, dtype: torch.dtype, rows: Rows, products: Pro
 
 
 def has_numba() -> bool:
-    """Whether the loops can be compiled."""
-    return find_spec("numba") is not None
+    """Whether the loops can be compiled: numba is there, and nobody has switched it off."""
+    if find_spec("numba") is None:
+        return False
+    from numba import config
+
+    return not config.DISABLE_JIT  # type: ignore[attr-defined]
 
 
 def compile_norms(module: nn.Module) -> int:
@@ -169,7 +173,8 @@ def _compile_norm(norm: Any) -> bool:
     off: dict[Callable[[Tensor], Tensor], float] = {}
     for shift in (0.0, 1.0):
         for is_rounded_first in (False, True):
-            forward = _norm_forward(weight.float() + shift, eps, is_rounded_first, original)
+            factors = weight.float() + shift
+            forward = _norm_forward(factors, weight.dtype, eps, is_rounded_first, original)
             off[forward] = float((forward(x).float() - expected.float()).abs().max())
     nearest = min(off, key=lambda forward: off[forward])
     if not off[nearest] <= tolerance * float(expected.abs().max()):
@@ -179,27 +184,32 @@ def _compile_norm(norm: Any) -> bool:
 
 
 def _norm_forward(
-    weight: Tensor, eps: float, is_rounded_first: bool, original: Callable[[Tensor], Tensor]
+    weight: Tensor,
+    dtype: torch.dtype,
+    eps: float,
+    is_rounded_first: bool,
+    original: Callable[[Tensor], Tensor],
 ) -> Callable[[Tensor], Tensor]:
     from sae_core.language_model import compiled_loops
 
     width, factors, small = len(weight), weight.numpy(), np.float32(eps)
+    loop, like = compiled_loops.norm_rows(dtype), compiled_loops.zero(dtype)
 
     def forward(x: Tensor) -> Tensor:
-        if x.dtype not in _DTYPES or x.device.type != "cpu" or x.shape[-1] != width:
+        if x.dtype != dtype or x.device.type != "cpu" or x.shape[-1] != width:
             return original(x)
         out = torch.empty_like(x)
         if x.stride() != out.stride() or x.stride(-1) != 1:  # gaps, or not row by row
             x = x.contiguous()
             out = torch.empty_like(x)
-        shape = (x.numel() // width, width)
-        loop = compiled_loops.norm_rows(x.dtype)
-        rows, normed = (compiled_loops.stored(t.as_strided(shape, (width, 1))) for t in (x, out))
+        begins, ends, row_bytes = x.data_ptr(), out.data_ptr(), width * x.itemsize
 
         def norm(start: int, stop: int) -> None:
-            loop(rows[start:stop], factors, small, is_rounded_first, normed[start:stop])
+            first = start * row_bytes
+            n = stop - start
+            loop(begins + first, n, factors, small, is_rounded_first, ends + first, like)
 
-        run_ranges(norm, _even_bounds(shape[0], x.numel()))
+        _in_shares(norm, x.numel() // width, x.numel())
         return out
 
     return forward
@@ -216,7 +226,7 @@ def _compiled_rotation(original: Rotation | None) -> Rotation | None:
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
         assert original is not None
-        if unsqueeze_dim != 1 or not all(_can_rotate(x, cos, sin) for x in (q, k)):
+        if unsqueeze_dim != 1 or not _can_rotate(q, k, cos, sin):
             return original(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return _rotated(q, cos, sin), _rotated(k, cos, sin)
 
@@ -232,17 +242,22 @@ def _compiled_rotation(original: Rotation | None) -> Rotation | None:
     return rotate if is_same else None
 
 
-def _can_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+def _can_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    """Whether all are of one kind, one row after the other."""
+    dtype, turns = cos.dtype, cos.shape
     return (
-        x.dim() == 4
-        and x.shape[0] == 1
-        and x.dtype in _DTYPES
-        and x.device.type == "cpu"
-        and x.transpose(1, 2).is_contiguous()
-        and all(
-            t.shape == (1, x.shape[2], x.shape[3]) and t.dtype == x.dtype and t.is_contiguous()
-            for t in (cos, sin)
-        )
+        dtype in _DTYPES
+        and cos.device.type == "cpu"
+        and len(turns) == 3
+        and turns[0] == 1
+        and sin.shape == turns
+        and sin.dtype == q.dtype == k.dtype == dtype
+        and q.shape[0] == k.shape[0] == 1
+        and q.shape[2:] == k.shape[2:] == turns[1:]
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and q.transpose(1, 2).is_contiguous()
+        and k.transpose(1, 2).is_contiguous()
     )
 
 
@@ -250,22 +265,24 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     from sae_core.language_model import compiled_loops
 
     _, n_heads, n, width = x.shape
-    loop = compiled_loops.rotate_rows(x.dtype)
+    loop, like = compiled_loops.rotate_rows(x.dtype), compiled_loops.zero(x.dtype)
     out = torch.empty(1, n, n_heads, width, dtype=x.dtype)
-    rows, turned = (
-        compiled_loops.stored(t.view(n * n_heads, width)) for t in (x.transpose(1, 2), out)
-    )
-    of_cos, of_sin = compiled_loops.stored(cos[0]), compiled_loops.stored(sin[0])
+    of_x, of_cos, of_sin, of_out = (t.data_ptr() for t in (x, cos, sin, out))
+    row_bytes = width * x.itemsize
 
     def rotate(start: int, stop: int) -> None:
-        part, tokens = slice(start * n_heads, stop * n_heads), slice(start, stop)
-        loop(rows[part], of_cos[tokens], of_sin[tokens], n_heads, turned[part])
+        first, own = start * row_bytes, start * row_bytes * n_heads
+        turns = of_cos + first, of_sin + first
+        loop(of_x + own, stop - start, n_heads, width, *turns, of_out + own, like)
 
-    run_ranges(rotate, _even_bounds(n, x.numel()))
+    _in_shares(rotate, n, x.numel())
     return out.transpose(1, 2)
 
 
-def _even_bounds(n_rows: int, n_numbers: int) -> list[int]:
-    """Shares of rows that are alike."""
+def _in_shares(work: Callable[[int, int], None], n_rows: int, n_numbers: int) -> None:
+    """Runs `work` on rows, in threads where that is worth it."""
     n_threads = torch.get_num_threads() if n_numbers >= WORTH_THREADS else 1
-    return [n_rows * n // n_threads for n in range(n_threads + 1)]
+    if n_threads == 1:
+        work(0, n_rows)
+    else:
+        run_ranges(work, [n_rows * n // n_threads for n in range(n_threads + 1)])

@@ -65,6 +65,9 @@ def test_a_process_says_it_is_ready_serves_and_ends_with_0(
     assert [e["event"] for e in events if e["event"] in ("ready", "stopping", "stopped")] == [
         *("ready", "stopping", "stopped")
     ]
+    (how,) = [e for e in events if e["event"] == "computes_by"]
+    parts = {"backend": "torch-cpu", "products": "torch", "attention": "torch", "rows": "torch"}
+    assert parts.items() <= how.items()  # a tiny model is not worth anything else
     assert "attack" not in err
     # server_start, two decisions, the stream's alert, server_stop
     assert verify(server.audit).records == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,6 @@ from sae_core.language_model.compiled_rows import (
     choose_rows,
     compile_norms,
     compile_rotations,
-    has_numba,
 )
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
@@ -33,8 +33,6 @@ LAST = HookPoint(2, "resid_post")
 NO_ROTATION = ("gpt2", "opt")
 NO_RMS_NORM = ("gpt2", "gpt_neox", "opt", "phi")
 DTYPES = (torch.float32, torch.bfloat16)
-
-pytestmark = pytest.mark.skipif(not has_numba(), reason="numba is not installed")
 
 
 def grown(model: LanguageModel, texts: list[list[int]]) -> Tensor:
@@ -129,17 +127,25 @@ def test_a_norm_is_that_of_the_module(
         assert (found == expected[name]).float().mean() > 0.3 or not x.numel(), name
 
 
-def test_what_is_not_finite_stays_so() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+    holder = nn.ModuleList([LlamaRMSNorm(8)]).requires_grad_(False).to(dtype)
+    assert compile_norms(holder) == 1
+    x = torch.ones(3, 8, dtype=dtype)
+    x[1, 4] = float("nan")
+    x[2, 4] = float("inf")
+    out = holder[0](x)
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    assert out[2, 4].isnan()  # infinity by infinity, as torch has it
+
+
+def test_another_type_than_the_weights_is_left_to_torch() -> None:
     holder = nn.ModuleList([LlamaRMSNorm(8)]).requires_grad_(False)
     compile_norms(holder)
-    for dtype in DTYPES:
-        x = torch.ones(3, 8, dtype=dtype)
-        x[1, 4] = float("nan")
-        x[2, 4] = float("inf")
-        out = holder[0](x)
-        assert out[0].isfinite().all()
-        assert out[1].isnan().all()
-        assert out[2, 4].isnan()  # infinity by infinity, as torch has it
+    x = torch.randn(3, 8)
+    for dtype in (torch.bfloat16, torch.float64):
+        assert torch.equal(holder[0](x.to(dtype)), LlamaRMSNorm(8)(x.to(dtype)))
 
 
 def test_a_norm_of_another_formula_is_left_alone() -> None:
@@ -316,5 +322,8 @@ def test_rows_are_compiled_where_it_is_worth_it_and_can_be(
     assert choose_rows(module, torch.float32, "auto", "torch") == "torch"
     assert choose_rows(module, torch.float16, "auto", "auto") == "torch"
     assert choose_rows(module, torch.float32, "torch", "auto") == "torch"
-    monkeypatch.setattr(compiled_rows, "has_numba", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(numba.config, "DISABLE_JIT", True)
+        assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
+    monkeypatch.setattr(compiled_rows, "find_spec", lambda _name: None)
     assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
