@@ -185,13 +185,11 @@ class KVStream(TokenStream):
             kept = [pair for pair in pairs if pair is not None]
             if not kept:
                 continue
-            # Not joined first: glibc cannot use again what an aligned tensor of one size left.
             keys, values = self._room(layer, start, stop, kept[0], self._windows[layer])
-            at = start - self._starts[layer]
-            for some_keys, some_values in kept:
-                place = slice(at, at + some_keys.shape[1])
-                keys[:, place], values[:, place] = some_keys, some_values
-                at = place.stop
+            place = slice(start - self._starts[layer], stop - self._starts[layer])
+            # Not joined first: glibc cannot use again what an aligned tensor of one size left.
+            torch.cat([pair[0] for pair in kept], dim=1, out=keys[:, place])
+            torch.cat([pair[1] for pair in kept], dim=1, out=values[:, place])
         self._length = stop
 
     def _truncate(self, n: int) -> bool:
