@@ -73,9 +73,12 @@ def test_ctrl_c_leaves_whole_parts_and_the_rest_is_done_once(replays: Any) -> No
 
 
 SLOW_REPLAY = """
-import sys, time
+import signal, sys, time
 import monitor.replay.run as run
 from monitor.cli.app import app
+
+# A shell starts what runs behind it with SIGINT ignored, and the tests with it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 class Slow(run.LocalEngine):
     def run(self, job, segments, on_part, on_rows):
