@@ -97,8 +97,12 @@ class PackedPlan:
 
         for span in self._one_by_one:
             attend(span)
-        if self._shares:
+        if query.device.type == "cpu":
             run_shares(attend, self._shares)
+        else:
+            for share in self._shares:
+                for span in share:
+                    attend(span)
         mixed = mixed.view(total, n_heads, -1)
         if self._rows is not None:
             places = self._rows.places[:, layer]
@@ -129,7 +133,7 @@ def _singles(spans: Sequence[Span]) -> list[Span]:
 
 
 def _worth_sharing(singles: Sequence[Span]) -> Sequence[Span]:
-    """Single tokens that threads share; none where there are few, or not on the CPU."""
+    """Single tokens that threads share where they are on the CPU; none where there are few."""
     threads = torch.get_num_threads()
     return singles if threads > 1 and len(singles) >= WORTH_SHARING * threads else ()
 

@@ -41,6 +41,8 @@ def run_shares(work: Callable[[Item], None], shares: Sequence[Sequence[Item]]) -
         for item in share:
             work(item)
 
+    if not shares:
+        return
     pool = _pool(torch.get_num_threads())
     errors = [future.exception() for future in [pool.submit(run, share) for share in shares]]
     for error in errors:

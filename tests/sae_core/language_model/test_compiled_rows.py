@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -33,6 +33,8 @@ LAST = HookPoint(2, "resid_post")
 NO_ROTATION = ("gpt2", "opt")
 NO_RMS_NORM = ("gpt2", "gpt_neox", "opt", "phi")
 DTYPES = (torch.float32, torch.bfloat16)
+
+numba = pytest.importorskip("numba", reason="numba is not installed (extra cpu)")
 
 
 def grown(model: LanguageModel, texts: list[list[int]]) -> Tensor:
@@ -160,7 +162,14 @@ def test_a_norm_of_another_formula_is_left_alone() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x
 
-    holder = nn.ModuleList([CubedRMSNorm(8), ParameterFreeRMSNorm(), LlamaRMSNorm(8).double()])
+    class OutsideRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            root = hidden_states.pow(2).mean(-1, keepdim=True).sqrt()
+            normed: Tensor = hidden_states / (root + self.variance_epsilon)
+            return normed
+
+    others = [ParameterFreeRMSNorm(), LlamaRMSNorm(8).double(), OutsideRMSNorm(8)]
+    holder = nn.ModuleList([CubedRMSNorm(8), *others])
     assert compile_norms(holder.requires_grad_(False)) == 0
     x = torch.randn(2, 8)
     torch.testing.assert_close(holder[0](x), LlamaRMSNorm(8)(x) ** 3)
@@ -184,9 +193,10 @@ def test_a_rotation_is_that_of_the_module(
             assert torch.equal(found, expected)
         else:
             torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    # Heads that lie one behind the other, and half of the width: torch's.
-    for other in (q.contiguous(), q[..., :8]):
-        turns = [t[..., : other.shape[-1]] for t in (cos, sin)]
+    # Heads that lie one behind the other, half of the width, and an odd one: torch's.
+    odd = torch.randn(1, 40, n_heads, 7).to(dtype).transpose(1, 2)
+    for other in (q.contiguous(), q[..., :8], odd):
+        turns = [t[..., : other.shape[-1]].contiguous() for t in (cos, sin)]
         found, _ = rotate(other, other, *turns)
         expected, _ = apply_rotary_pos_emb(other, other, *turns)
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
@@ -324,6 +334,10 @@ def test_rows_are_compiled_where_it_is_worth_it_and_can_be(
     assert choose_rows(module, torch.float32, "torch", "auto") == "torch"
     with monkeypatch.context() as patch:
         patch.setattr(numba.config, "DISABLE_JIT", True)
+        assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "numba", None)  # there, but its import fails
+        patch.setattr(compiled_rows, "find_spec", lambda _name: object())
         assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
     monkeypatch.setattr(compiled_rows, "find_spec", lambda _name: None)
     assert choose_rows(module, torch.float32, "auto", "auto") == "torch"

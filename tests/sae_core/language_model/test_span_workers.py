@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from sae_core.language_model import packed
 from sae_core.language_model.loading import load_language_model
 from sae_core.language_model.model import LanguageModel, Segment
 from sae_core.language_model.packed import Span
+from sae_core.language_model.span_attention import Terms
 from sae_core.language_model.span_workers import run_ranges, run_shares, shares_of
 from sae_core.language_model.token_streams import KVStream, TokenStream
 
@@ -74,6 +75,22 @@ def test_a_plan_shares_what_is_worth_it_and_loses_nothing() -> None:
     plan = packed.PackedPlan((Span(KVStream(1), 50, 60, 0), *many))
     assert [(span.start, span.stop) for span in plan._one_by_one] == [(50, 60)]
     assert [span for share in plan._shares for span in share] == list(many)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_only_rows_on_the_cpu_are_shared(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared: list[Span] = []
+
+    def share(work: Callable[[Span], None], shares: Sequence[Sequence[Span]]) -> None:
+        shared.extend(span for part in shares for span in part)
+        run_shares(work, shares)
+
+    monkeypatch.setattr(packed, "run_shares", share)
+    many = spans(packed.WORTH_SHARING * 3, past=0)
+    rows = [torch.randn(2, len(many), 8, device=device) for _ in range(3)]
+    packed.PackedPlan(tuple(many)).attend(0, *rows, Terms(1.0, None, None))
+    assert shared == (many if device == "cpu" else [])
+    assert all(span.stream.cache_bytes > 0 for span in many)
 
 
 def test_ranges_run_all_and_raise_what_one_raised() -> None:
