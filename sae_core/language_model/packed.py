@@ -60,7 +60,11 @@ class PackedPlan:
         """What the last layer to ask had."""
         self._in_blocks = in_blocks
         singles = _singles(spans)
-        compiled_ones = [span for span in singles if span.past > 0] if compiled else []
+        compiled_ones = [
+            span
+            for span in singles
+            if compiled and isinstance(span.stream, KVStream) and span.stream.has_places
+        ]
         self._rows = _Rows(compiled_ones) if compiled_ones else None
         shared = () if compiled else _worth_sharing(singles)
         apart = {*compiled_ones, *shared}

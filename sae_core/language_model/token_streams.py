@@ -132,6 +132,8 @@ class KVStream(TokenStream):
         self._keys: list[Tensor | None] = [None] * n_layers
         self._values: list[Tensor | None] = [None] * n_layers
         self._windows: list[int | None] = [None] * n_layers
+        self._unwritten = set(range(n_layers))
+        """Layers whose window is not known: rows that are pasted do not tell it."""
         self._starts = [0] * n_layers
         self._places: NDArray[np.int64] | None = None
         self._places_until = 0
@@ -228,10 +230,16 @@ class KVStream(TokenStream):
                 `length` or `start`.
         """
         stop = start + keys.shape[1]
+        self._unwritten.discard(layer)
         all_keys, all_values = self._room(layer, start, stop, (keys, values), window)
         rows = slice(start - self._starts[layer], stop - self._starts[layer])
         all_keys[:, rows], all_values[:, rows] = keys, values
         return all_keys[:, : rows.stop], all_values[:, : rows.stop]
+
+    @property
+    def has_places(self) -> bool:
+        """Whether `places` can say where single rows go, and what they see."""
+        return self._length > 0 and not self._unwritten
 
     def places(self, position: int) -> NDArray[np.int64]:
         """Where each layer's rows up to `position` are: [n_layers, PLACE_FIELDS].

@@ -341,3 +341,16 @@ def test_rows_are_compiled_where_it_is_worth_it_and_can_be(
         assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
     monkeypatch.setattr(compiled_rows, "find_spec", lambda _name: None)
     assert choose_rows(module, torch.float32, "auto", "auto") == "torch"
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3", "mistral", "llama"])
+def test_a_stream_of_pasted_rows_keeps_its_windows(
+    family: str, folder_of: Callable[[str], Path]
+) -> None:
+    model = load_language_model(folder_of(family), [LAST], rows="compiled")
+    text = some_texts()[0][:50]
+    whole, pasted = model.open_stream(), model.open_stream()
+    expected = model.step([Segment(whole, text[:40])])[LAST]
+    pasted.paste_rows(0, [whole.copy_rows(0, 32)])
+    found = [model.step([Segment(pasted, [token_id])])[LAST] for token_id in text[32:40]]
+    torch.testing.assert_close(torch.cat(found), expected[32:], rtol=1e-5, atol=1e-5)
